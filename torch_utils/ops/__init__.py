@@ -1,0 +1,1 @@
+"""Tensor operations of the StyleGAN2 family, each with its definition in plain PyTorch."""

@@ -1,0 +1,1 @@
+"""Networks, rendering and (later) training of 360-degree head generators."""

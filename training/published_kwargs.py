@@ -1,0 +1,236 @@
+"""Translation between the keyword arguments of EG3D-family code and the typed configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+from training.config import (
+    ConditioningConfig,
+    DecoderConfig,
+    GeneratorConfig,
+    MappingConfig,
+    RenderingConfig,
+    SuperresolutionConfig,
+    SynthesisConfig,
+    require,
+)
+
+# rendering_kwargs key -> (section of GeneratorConfig or "" for its top level, field).
+_RENDERING_KEYS: dict[str, tuple[str, str]] = {
+    **{field.name: ("rendering", field.name) for field in dataclasses.fields(RenderingConfig)},
+    "superresolution_module": ("superresolution", "variant"),
+    "superresolution_noise_mode": ("superresolution", "noise_mode"),
+    "sr_antialias": ("superresolution", "antialias"),
+    "c_gen_conditioning_zero": ("conditioning", "zero"),
+    "c_scale": ("conditioning", "scale"),
+    "decoder_activation": ("decoder", "activation"),
+    "decoder_lr_mul": ("decoder", "lr_multiplier"),
+    "use_torgb_raw": ("", "raw_torgb"),
+    "use_background": ("", "background"),
+    "triplane_size": ("", "plane_resolution"),
+    "triplane_depth": ("", "plane_depth"),
+    "image_resolution": ("", "img_resolution"),
+}
+# Keys that EG3D's dictionary does not have, and what its code does without them.
+_EG3D_FIXED = {
+    "decoder_activation": "sigmoid",
+    "use_torgb_raw": False,
+    "use_background": False,
+    "triplane_size": 256,
+    "triplane_depth": 1,
+    "crop_margin": None,
+}
+_LIVE_SECTIONS = {"rendering", "conditioning"}  # what a built generator can still change
+_SUPERRESOLUTION_PREFIX = "training.superresolution."
+
+
+def generator_config_from_kwargs(
+    z_dim: int,
+    c_dim: int,
+    w_dim: int,
+    img_resolution: int,
+    img_channels: int,
+    *,
+    sr_num_fp16_res: int = 0,
+    mapping_kwargs: Mapping[str, Any] | None = None,
+    rendering_kwargs: Mapping[str, Any] | None = None,
+    sr_kwargs: Mapping[str, Any] | None = None,
+    parsing_flag: bool = False,
+    representation: str = "dual_spherical",
+    **synthesis_kwargs: Any,
+) -> GeneratorConfig:
+    """Build the configuration of a generator from the published constructor arguments.
+
+    Args:
+        z_dim: width of z; the next four as published.
+        c_dim: 25.
+        w_dim: 512.
+        img_resolution: side of the final image, in pixels.
+        img_channels: 3.
+        sr_num_fp16_res: above 0, super-resolution runs in half precision on CUDA.
+        mapping_kwargs: fields of `MappingConfig`.
+        rendering_kwargs: the published dictionary; fields of `RenderingConfig` under their own names are accepted too.
+        sr_kwargs: `channel_base` and `channel_max` are ignored, as published.
+        parsing_flag: add the semantic head of 20 classes.
+        representation: ours: a registered representation; 'tri_plane' also means EG3D's fixed choices.
+        **synthesis_kwargs: `channel_base`, `channel_max`, `num_fp16_res`, `conv_clamp`, `architecture`,
+            `fused_modconv_default`.
+
+    Raises:
+        ValueError: for a value outside its range. Unknown keywords raise a TypeError that names them.
+    """
+    is_eg3d = representation == "tri_plane"
+    rendering_kwargs = {**(rendering_kwargs or {}), **(_EG3D_FIXED if is_eg3d else {})}
+    rendering_kwargs.setdefault("c_scale", 0)  # published default
+    rendering_kwargs["image_resolution"] = img_resolution
+    sections, extras = _split_rendering_kwargs(rendering_kwargs)
+    superresolution = sections.pop("superresolution", {})
+    require("variant" in superresolution, "rendering_kwargs", "an entry 'superresolution_module'", sorted(sections))
+    sr_kwargs = {k: v for k, v in (sr_kwargs or {}).items() if k not in ("channel_base", "channel_max")}
+    return GeneratorConfig(
+        z_dim=z_dim,
+        c_dim=c_dim,
+        w_dim=w_dim,
+        img_channels=img_channels,
+        representation=representation,
+        pose_offset=not is_eg3d,
+        parsing_classes=20 if parsing_flag else 0,
+        mapping=MappingConfig(**(mapping_kwargs or {})),
+        synthesis=SynthesisConfig(**_rename_fused(synthesis_kwargs)),
+        superresolution=SuperresolutionConfig(
+            num_fp16_res=sr_num_fp16_res, **superresolution, **_rename_fused(sr_kwargs)
+        ),
+        decoder=DecoderConfig(**sections.pop("decoder", {})),
+        conditioning=ConditioningConfig(**sections.pop("conditioning", {})),
+        rendering=RenderingConfig(**sections.pop("rendering", {})),
+        extras=extras,
+        **sections.pop("", {}),
+    )
+
+
+def generator_kwargs(config: GeneratorConfig) -> dict[str, Any]:
+    """Return the published constructor arguments of a configuration; inverse of `generator_config_from_kwargs`.
+
+    The live `neural_rendering_resolution` is not among them: scripts of the family copy it separately.
+    """
+    rendering = {key: _read(config, key) for key in _RENDERING_KEYS}
+    if config.representation == "tri_plane":
+        rendering = {key: value for key, value in rendering.items() if key not in _EG3D_FIXED}
+    synthesis = dataclasses.asdict(config.synthesis)
+    superresolution = config.superresolution
+    return {
+        "z_dim": config.z_dim,
+        "c_dim": config.c_dim,
+        "w_dim": config.w_dim,
+        "img_resolution": config.img_resolution,
+        "img_channels": config.img_channels,
+        "sr_num_fp16_res": superresolution.num_fp16_res,
+        "mapping_kwargs": dataclasses.asdict(config.mapping),
+        "rendering_kwargs": {**rendering, "clamp_mode": "softplus", **config.extras},
+        "sr_kwargs": {
+            "fused_modconv_default": superresolution.fused_modconv,
+            "first_rgb_replaces_raw": superresolution.first_rgb_replaces_raw,
+        },
+        "parsing_flag": config.parsing_classes > 0,
+        "representation": config.representation,
+        "fused_modconv_default": synthesis.pop("fused_modconv"),
+        **synthesis,
+    }
+
+
+class RenderingKwargs(MutableMapping):
+    """The published `G.rendering_kwargs` as a view of a generator's configuration.
+
+    Reading and writing go to the configuration, where values are validated; entries that the generator does not know are
+    kept for the scripts that put them there. What is fixed once a generator is built cannot be assigned another value.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __getitem__(self, key: str) -> Any:
+        config = self._owner.config
+        return _read(config, key) if key in _RENDERING_KEYS else config.extras[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._owner.config = _write(self._owner.config, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        config = self._owner.config
+        require(key not in _RENDERING_KEYS, "rendering_kwargs", "an entry that can be deleted", key)
+        extras = {k: v for k, v in config.extras.items() if k != key}
+        require(len(extras) < len(config.extras), "rendering_kwargs", "an existing entry", key)
+        self._owner.config = dataclasses.replace(config, extras=extras)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*_RENDERING_KEYS, *self._owner.config.extras])
+
+    def __len__(self) -> int:
+        return len(_RENDERING_KEYS) + len(self._owner.config.extras)
+
+    def __repr__(self) -> str:
+        return f"RenderingKwargs({dict(self)})"
+
+
+def replace_rendering_kwargs(config: GeneratorConfig, values: Mapping[str, Any]) -> GeneratorConfig:
+    """Return the configuration after assigning a whole `rendering_kwargs`; entries it lacks keep their values."""
+    extras = {key: value for key, value in values.items() if key not in _RENDERING_KEYS}
+    config = dataclasses.replace(config, extras=extras)
+    sections, _ = _split_rendering_kwargs({key: values[key] for key in values if key in _RENDERING_KEYS})
+    # Ray limits are checked as a pair, so fields of one section change together.
+    for section, fields in sections.items():
+        config = _replace_section(config, section, fields)
+    return config
+
+
+def _split_rendering_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Sort a published dictionary into configuration sections, and the rest."""
+    clamp_mode = kwargs.get("clamp_mode", "softplus")
+    require(clamp_mode == "softplus", "rendering_kwargs['clamp_mode']", "'softplus'", clamp_mode)
+    sections: dict[str, dict[str, Any]] = {}
+    extras = {}
+    for key, value in kwargs.items():
+        if key in _RENDERING_KEYS:
+            section, name = _RENDERING_KEYS[key]
+            sections.setdefault(section, {})[name] = _plain(key, value)
+        elif key != "clamp_mode":
+            extras[key] = value
+    return sections, extras
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Undo what published dictionaries add to a value."""
+    if key == "superresolution_module":
+        return value.removeprefix(_SUPERRESOLUTION_PREFIX)
+    if key in ("white_back", "disparity_space_sampling", "sr_antialias"):
+        return bool(value)
+    return value
+
+
+def _read(config: GeneratorConfig, key: str) -> Any:
+    section, name = _RENDERING_KEYS[key]
+    value = getattr(getattr(config, section) if section else config, name)
+    return _SUPERRESOLUTION_PREFIX + value if key == "superresolution_module" else value
+
+
+def _write(config: GeneratorConfig, key: str, value: Any) -> GeneratorConfig:
+    if key not in _RENDERING_KEYS:
+        return dataclasses.replace(config, extras={**config.extras, key: value})
+    section, name = _RENDERING_KEYS[key]
+    return _replace_section(config, section, {name: _plain(key, value)})
+
+
+def _replace_section(config: GeneratorConfig, section: str, fields: Mapping[str, Any]) -> GeneratorConfig:
+    old = getattr(config, section) if section else config
+    changed = {name: value for name, value in fields.items() if getattr(old, name) != value}
+    live = section in _LIVE_SECTIONS or (section, set(changed)) == ("superresolution", {"noise_mode"})
+    if not changed:
+        return config
+    require(live, f"rendering_kwargs {sorted(changed)}", "no change once the generator is built", changed)
+    return dataclasses.replace(config, **{section: dataclasses.replace(old, **changed)})
+
+
+def _rename_fused(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {("fused_modconv" if key == "fused_modconv_default" else key): value for key, value in kwargs.items()}

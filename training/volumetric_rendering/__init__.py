@@ -1,0 +1,1 @@
+"""Rays, depth sampling, marching and the volume renderer, in plain PyTorch."""

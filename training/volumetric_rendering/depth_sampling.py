@@ -1,0 +1,93 @@
+"""Where along the rays the field is evaluated: stratified depths, then importance sampling (NeRF, section 5.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from training.config import RenderingConfig
+from training.volumetric_rendering.math_utils import intersect_box
+
+_WEIGHT_FLOOR = 0.01  # keeps some samples in regions that the coarse pass saw as empty
+_PDF_EPS = 1e-5
+
+
+def stratified_depths(
+    ray_origins: torch.Tensor, ray_directions: torch.Tensor, jitter: torch.Tensor, config: RenderingConfig
+) -> torch.Tensor:
+    """Return coarse depths `[B, R, S]`, ascending.
+
+    The jitter only moves samples away from the camera, by up to one interval; the last one may lie behind `ray_end`.
+
+    Args:
+        ray_origins: `[B, R, 3]`.
+        ray_directions: `[B, R, 3]`.
+        jitter: uniform numbers `[B, R, S]` in [0, 1).
+        config: limits and spacing.
+    """
+    num_samples = config.depth_resolution
+    steps = torch.linspace(0, 1, num_samples, dtype=jitter.dtype, device=jitter.device)
+    fractions = steps + jitter / (num_samples - 1)  # [B, R, S]
+    if config.auto_range:
+        near, far = _auto_limits(ray_origins, ray_directions, config)
+        return near + (far - near) * fractions
+    if config.disparity_space_sampling:
+        return 1 / ((1 - fractions) / config.ray_start + fractions / config.ray_end)
+    return config.ray_start + (config.ray_end - config.ray_start) * fractions
+
+
+def _auto_limits(
+    ray_origins: torch.Tensor, ray_directions: torch.Tensor, config: RenderingConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Limits `[B, R, 1]` from the box; rays that miss it take those of the whole batch."""
+    near, far = intersect_box(ray_origins, ray_directions, config.box_warp)
+    hit = far > near
+    if hit.any():
+        far_of_misses = far if config.auto_range_of_misses == "longest" else near
+        miss_far = far_of_misses[hit].max()
+        near = torch.where(hit, near, near[hit].min())
+        far = torch.where(hit, far, miss_far)
+    return near, far
+
+
+def importance_depths(depths: torch.Tensor, weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draw depths `[B, R, F]` from the smoothed weights of a coarse pass; no gradient flows through them.
+
+    Weights are max-filtered and averaged over neighbours (mip-NeRF, section 3.4), floored, and inverted as a histogram over
+    the midpoints between coarse depths. As published, the histogram has one bin less than there are midpoints, so nothing
+    is drawn from the last one.
+
+    Args:
+        depths: coarse depths `[B, R, S]`, S >= 4.
+        weights: coarse weights `[B, R, S - 1]`.
+        uniforms: numbers `[B, R, F]` in [0, 1).
+    """
+    with torch.no_grad():
+        left, right = F.pad(weights, (1, 0), value=-torch.inf), F.pad(weights, (0, 1), value=-torch.inf)
+        blurred = torch.maximum(left, right)  # [B, R, S]
+        smoothed = (blurred[..., :-1] + blurred[..., 1:]) / 2 + _WEIGHT_FLOOR
+        bins = (depths[..., :-1] + depths[..., 1:]) / 2  # [B, R, S - 1]
+        return sample_pdf(bins, smoothed[..., 1:-1], uniforms)
+
+
+def sample_pdf(bins: torch.Tensor, weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Invert the piecewise linear cdf of a histogram.
+
+    Args:
+        bins: bin edges `[..., K + 2]`; the last is not used.
+        weights: non-negative `[..., K]`; weight k belongs to the bin from edge k to edge k + 1.
+        uniforms: `[..., F]` in [0, 1).
+
+    Returns:
+        samples `[..., F]`.
+    """
+    pdf = weights + _PDF_EPS
+    pdf = pdf / pdf.sum(dim=-1, keepdim=True)
+    cdf = F.pad(pdf.cumsum(dim=-1), (1, 0))  # [..., K + 1]
+    above = torch.searchsorted(cdf, uniforms.contiguous(), right=True)
+    lower, upper = (above - 1).clamp(min=0), above.clamp(max=weights.shape[-1])
+    cdf_lower, cdf_upper = cdf.gather(-1, lower), cdf.gather(-1, upper)
+    bin_lower, bin_upper = bins.gather(-1, lower), bins.gather(-1, upper)
+    span = cdf_upper - cdf_lower
+    span = torch.where(span < _PDF_EPS, 1, span)
+    return bin_lower + (uniforms - cdf_lower) / span * (bin_upper - bin_lower)
