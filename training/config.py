@@ -1,7 +1,7 @@
 """Typed, frozen configuration of the networks.
 
-Every field has a default only where the published systems agree on one. `dnnlib.serialize` turns a configuration into strict
-JSON and back; `training.published_kwargs` translates the keyword arguments of EG3D-family code.
+Every field has a default only where the published systems agree on one. `dnnlib.serialize` turns a configuration into
+strict JSON and back; `training.published_kwargs` translates the keyword arguments of EG3D-family code.
 """
 
 from __future__ import annotations
@@ -135,11 +135,11 @@ class RenderingConfig:
     density_noise: float = 0.0
     """Standard deviation of Gaussian noise on the raw density (a training schedule)."""
     depth_clamp: Literal["ray", "batch"] = "ray"
-    """Depths are limited to the sampled range of their own ray, or (as published) of the whole batch: rays that hit nothing
-    then take their depth from other images of the batch."""
+    """Depths are limited to the sampled range of their own ray, or (as published) of the whole batch: rays that hit
+    nothing then take their depth from other images of the batch."""
     auto_range_of_misses: Literal["longest", "nearest"] = "longest"
-    """With 'auto' limits, rays that miss the box end at the largest far limit of the others, or (as published) at the largest
-    near limit."""
+    """With 'auto' limits, rays that miss the box end at the largest far limit of the others, or (as published) at the
+    largest near limit."""
 
     def __post_init__(self) -> None:
         require(self.depth_resolution >= 2, "rendering.depth_resolution", "at least 2", self.depth_resolution)
@@ -177,7 +177,7 @@ class GeneratorConfig:
     """A name registered in `training.representations`."""
     plane_resolution: int = 256
     plane_depth: int = 3
-    """Depth of the tri-grid. The dual spherical tri-plane has 3 planes per sphere by definition, the tri-plane 1 layer."""
+    """Depth of the tri-grid. Otherwise fixed: 3 (planes per sphere) for dual spherical, 1 for the tri-plane."""
     pose_offset: bool = True
     """Learn a camera translation per latent (PanoHead, 'camera self-adaptation')."""
     background: bool = True

@@ -1,4 +1,4 @@
-"""Camera-conditioned residual discriminators over stacked inputs: one parametric network, a table of published variants."""
+"""Camera-conditioned residual discriminators over stacked inputs: one network, a table of published variants."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def filtered_resizing(x: torch.Tensor, size: int, fir: torch.Tensor, mode: str |
         x: images.
         size: side of the result, in pixels.
         fir: `[4, 4]` filter of the mode 'classic'.
-        mode: 'antialiased' (bilinear with antialiasing); 'none' (bilinear without); 'classic' (FIR upsampling, bilinear to
-            a little over twice the size, FIR downsampling); or a number in (0, 1), the share of 'antialiased' in a blend
-            with 'none'.
+        mode: 'antialiased' (bilinear with antialiasing); 'none' (bilinear without); 'classic' (FIR upsampling,
+            bilinear to a little over twice the size, FIR downsampling); or a number in (0, 1), the share of
+            'antialiased' in a blend with 'none'.
     """
 
     def bilinear(image: torch.Tensor, side: int, antialias: bool) -> torch.Tensor:
@@ -186,8 +186,8 @@ class DiscriminatorEpilogue(nn.Module):
 class Discriminator(nn.Module):
     """Discriminator of any variant.
 
-    Differs from the published code: label noise works on a copy of the labels and is left out for a single sample; the raw
-    image of DummyDual fades in training mode only.
+    Differs from the published code: label noise works on a copy of the labels and is left out for a single sample;
+    the raw image of DummyDual fades in training mode only.
     """
 
     def __init__(self, config: DiscriminatorConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from training.config import (
     ConditioningConfig,
     DecoderConfig,
+    DiscriminatorConfig,
     GeneratorConfig,
     MappingConfig,
     RenderingConfig,
@@ -33,8 +34,8 @@ _RENDERING_KEYS: dict[str, tuple[str, str]] = {
     "triplane_depth": ("", "plane_depth"),
     "image_resolution": ("", "img_resolution"),
 }
-# Keys that EG3D's dictionary does not have, and what its code does without them.
-_EG3D_FIXED = {
+# What EG3D's code does where its dictionary says nothing (or is ignored).
+EG3D_RENDERING = {
     "decoder_activation": "sigmoid",
     "use_torgb_raw": False,
     "use_background": False,
@@ -59,6 +60,8 @@ def generator_config_from_kwargs(
     sr_kwargs: Mapping[str, Any] | None = None,
     parsing_flag: bool = False,
     representation: str = "dual_spherical",
+    pose_offset: bool = True,
+    neural_rendering_resolution: int = 64,
     **synthesis_kwargs: Any,
 ) -> GeneratorConfig:
     """Build the configuration of a generator from the published constructor arguments.
@@ -74,17 +77,17 @@ def generator_config_from_kwargs(
         rendering_kwargs: the published dictionary; fields of `RenderingConfig` under their own names are accepted too.
         sr_kwargs: `channel_base` and `channel_max` are ignored, as published.
         parsing_flag: add the semantic head of 20 classes.
-        representation: ours: a registered representation; 'tri_plane' also means EG3D's fixed choices.
+        representation: ours: a registered representation.
+        pose_offset: ours: whether the generator learns a camera offset (not in EG3D).
+        neural_rendering_resolution: ours, to begin with; published code sets the attribute of the generator.
         **synthesis_kwargs: `channel_base`, `channel_max`, `num_fp16_res`, `conv_clamp`, `architecture`,
             `fused_modconv_default`.
 
     Raises:
         ValueError: for a value outside its range. Unknown keywords raise a TypeError that names them.
     """
-    is_eg3d = representation == "tri_plane"
-    rendering_kwargs = {**(rendering_kwargs or {}), **(_EG3D_FIXED if is_eg3d else {})}
-    rendering_kwargs.setdefault("c_scale", 0)  # published default
-    rendering_kwargs["image_resolution"] = img_resolution
+    # Published: the label counts for nothing unless c_scale is there.
+    rendering_kwargs = {"c_scale": 0, **(rendering_kwargs or {}), "image_resolution": img_resolution}
     sections, extras = _split_rendering_kwargs(rendering_kwargs)
     superresolution = sections.pop("superresolution", {})
     require("variant" in superresolution, "rendering_kwargs", "an entry 'superresolution_module'", sorted(sections))
@@ -95,7 +98,8 @@ def generator_config_from_kwargs(
         w_dim=w_dim,
         img_channels=img_channels,
         representation=representation,
-        pose_offset=not is_eg3d,
+        pose_offset=pose_offset,
+        neural_rendering_resolution=neural_rendering_resolution,
         parsing_classes=20 if parsing_flag else 0,
         mapping=MappingConfig(**(mapping_kwargs or {})),
         synthesis=SynthesisConfig(**_rename_fused(synthesis_kwargs)),
@@ -111,13 +115,8 @@ def generator_config_from_kwargs(
 
 
 def generator_kwargs(config: GeneratorConfig) -> dict[str, Any]:
-    """Return the published constructor arguments of a configuration; inverse of `generator_config_from_kwargs`.
-
-    The live `neural_rendering_resolution` is not among them: scripts of the family copy it separately.
-    """
+    """Return the constructor arguments of a configuration; inverse of `generator_config_from_kwargs`."""
     rendering = {key: _read(config, key) for key in _RENDERING_KEYS}
-    if config.representation == "tri_plane":
-        rendering = {key: value for key, value in rendering.items() if key not in _EG3D_FIXED}
     synthesis = dataclasses.asdict(config.synthesis)
     superresolution = config.superresolution
     return {
@@ -135,16 +134,34 @@ def generator_kwargs(config: GeneratorConfig) -> dict[str, Any]:
         },
         "parsing_flag": config.parsing_classes > 0,
         "representation": config.representation,
+        "pose_offset": config.pose_offset,
+        "neural_rendering_resolution": config.neural_rendering_resolution,
         "fused_modconv_default": synthesis.pop("fused_modconv"),
         **synthesis,
     }
 
 
+def discriminator_config_from_kwargs(class_name: str, **kwargs: Any) -> DiscriminatorConfig:
+    """Build the configuration of a discriminator from its published class name and constructor arguments."""
+    nested = {**_pop_dict(kwargs, "block_kwargs"), **_pop_dict(kwargs, "epilogue_kwargs")}
+    mapping = {
+        f"mapping_{key.removeprefix('num_')}": value for key, value in _pop_dict(kwargs, "mapping_kwargs").items()
+    }
+    for ignored in ("parsing_resolution", "sr_upsample_factor"):  # the published classes only store them
+        kwargs.pop(ignored, None)
+    return DiscriminatorConfig(variant=class_name, **kwargs, **nested, **mapping)
+
+
+def _pop_dict(kwargs: dict[str, Any], key: str) -> dict[str, Any]:
+    return dict(kwargs.pop(key, None) or {})
+
+
 class RenderingKwargs(MutableMapping):
     """The published `G.rendering_kwargs` as a view of a generator's configuration.
 
-    Reading and writing go to the configuration, where values are validated; entries that the generator does not know are
-    kept for the scripts that put them there. What is fixed once a generator is built cannot be assigned another value.
+    Reading and writing go to the configuration, where values are validated; entries that the generator does not know
+    are kept for the scripts that put them there. What is fixed once a generator is built cannot be assigned another
+    value.
     """
 
     def __init__(self, owner: Any) -> None:

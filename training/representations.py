@@ -1,8 +1,8 @@
 """Plane representations of a radiance field: planes and points in, features out.
 
 A representation turns the backbone's image into planes and looks points up in them. To add one, write a subclass of
-`Representation` in any imported file and decorate it with `register_representation`: generator, renderer and decoder need no
-change.
+`Representation` in any imported file and decorate it with `register_representation`: generator, renderer and decoder
+need no change.
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ class SphericalCoordinates(NamedTuple):
 def spherical_coordinates(points: torch.Tensor) -> SphericalCoordinates:
     """Convert points `[..., 3]` with polar axis z to normalised spherical coordinates and the fusion weight.
 
-    The weight `(1 + cos pi theta) / 2 * (1 + cos pi phi) / 2` (SphereHead, dual-sphere fusion) is evaluated in closed form as
-    `rho (rho + x) / (2 |p|^2)` with `rho^2 = x^2 + y^2`.
+    The weight `(1 + cos pi theta) / 2 * (1 + cos pi phi) / 2` (SphereHead, dual-sphere fusion) is evaluated in closed
+    form as `rho (rho + x) / (2 |p|^2)` with `rho^2 = x^2 + y^2`.
 
-    Differs from the published code: gradients at the poles and at the origin, where the angles are not differentiable, are
-    zero instead of NaN.
+    Differs from the published code: gradients at the poles and at the origin, where the angles are not
+    differentiable, are zero instead of NaN.
     """
     x, y, z = points.unbind(dim=-1)
     rho_sq = x * x + y * y
@@ -143,9 +143,9 @@ class DualSphericalTriPlane(Representation):
     Planes are `[B, 2, 3, C, H, W]`: spheres A and B, each with planes (theta, phi), (theta, r) and (phi, r), the first
     coordinate along the width.
 
-    Sphere A has its polar axis from ear to ear (-x), phi = 0 at the face (+z) and the seam behind; sphere B has its polar
-    axis up (+y), phi = 0 behind (-z) and the seam in front. Each sphere's weight is zero at its own poles and seam, where
-    the other sphere's is not.
+    Sphere A has its polar axis from ear to ear (-x), phi = 0 at the face (+z) and the seam behind; sphere B has its
+    polar axis up (+y), phi = 0 behind (-z) and the seam in front. Each sphere's weight is zero at its own poles and
+    seam, where the other sphere's is not.
     """
 
     backbone_channels = 512
@@ -210,8 +210,8 @@ class TriPlane(Representation):
 class TriGrid(Representation):
     """Tri-grid of PanoHead: three stacks of `plane_depth` planes, `[B, 3, C, D, H, W]`, looked up trilinearly.
 
-    Grid axes (width, height, depth) are (x, y, z), (x, z, y) and (y, z, x). With a depth of 1 this is not a tri-plane: the
-    half-texel fade acts along the depth axis too.
+    Grid axes (width, height, depth) are (x, y, z), (x, z, y) and (y, z, x). With a depth of 1 this is not a
+    tri-plane: the half-texel fade acts along the depth axis too.
     """
 
     def __init__(self, plane_depth: int) -> None:

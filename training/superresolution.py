@@ -61,7 +61,8 @@ class SuperresolutionOutput(NamedTuple):
 class Superresolution(nn.Module):
     """Super-resolution module of any variant.
 
-    Differs from the published code: the 4X module also resizes inputs larger than 128, for which the published one failed.
+    Differs from the published code: the 4X module also resizes inputs larger than 128, for which the published one
+    failed.
     """
 
     def __init__(self, img_resolution: int, config: SuperresolutionConfig) -> None:

@@ -72,8 +72,8 @@ class TriPlaneGenerator(nn.Module):
     """3D-aware generator of SphereHead, PanoHead and EG3D, by configuration.
 
     The constructor takes the published arguments (see `generator_config_from_kwargs`); `from_config` takes the typed
-    configuration. `config` is frozen but replaceable: `rendering_kwargs` is a view through which scripts of the EG3D family
-    read and change it.
+    configuration. `config` is frozen but replaceable: `rendering_kwargs` is a view through which scripts of the EG3D
+    family read and change it.
 
     Differs from the published code: see docs/differences.md.
     """
@@ -84,7 +84,7 @@ class TriPlaneGenerator(nn.Module):
         self.z_dim, self.c_dim, self.w_dim = config.z_dim, config.c_dim, config.w_dim
         self.img_resolution, self.img_channels = config.img_resolution, config.img_channels
         self.fold_projections = True
-        """Take the plane projections inside the backbone's ToRGB layers where that is exact; False computes them apart."""
+        """Take the plane projections inside the backbone's ToRGB layers where that is exact; False takes them apart."""
         representation = make_representation(config.representation, config.plane_depth)
 
         # Sub-modules draw their initial weights in this (published) order.
@@ -124,9 +124,7 @@ class TriPlaneGenerator(nn.Module):
     @classmethod
     def from_config(cls, config: GeneratorConfig) -> TriPlaneGenerator:
         """Build a generator with random weights."""
-        generator = cls(**generator_kwargs(config))
-        generator.config = config
-        return generator
+        return cls(**generator_kwargs(config))
 
     # ---- what scripts of the EG3D family use besides the methods below ----
 
@@ -241,8 +239,8 @@ class TriPlaneGenerator(nn.Module):
 
         Returns:
             `image` `[B, 3, H, W]`, nominally in [-1, 1]; `image_raw` `[B, 3, R, R]`; `image_depth` `[B, 1, R, R]`, the
-            distance along the ray in world units; `image_mask` `[B, 1, R, R]`, the opacity of the volume in [-0.001, 1.001];
-            with a semantic head `image_parsing` `[B, classes, R, R]`, probabilities.
+            distance along the ray in world units; `image_mask` `[B, 1, R, R]`, the opacity of the volume in [-0.001,
+            1.001]; with a semantic head `image_parsing` `[B, classes, R, R]`, probabilities.
         """
         resolution = neural_rendering_resolution or self.neural_rendering_resolution
         cam2world, intrinsics = camera_utils.split_label(c.to(field.planes.dtype))
@@ -312,8 +310,8 @@ class TriPlaneGenerator(nn.Module):
             use_cached_backbone: reuse what was kept, if it was made from the same `ws` and options.
             **option_kwargs: fields of `SynthesisOptions` (`noise_mode`, `force_fp32`, `fused_modconv`, `generator`).
 
-        Differs from the published code: a resolution given here does not stay on the generator, and a cache made for other
-        latents is not used.
+        Differs from the published code: a resolution given here does not stay on the generator, and a cache made for
+        other latents is not used.
         """
         del update_emas
         options = SynthesisOptions(**option_kwargs)
@@ -336,7 +334,8 @@ class TriPlaneGenerator(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Query the field of w-layers at world coordinates `[B, M, 3]`.
 
-        `directions`, `truncation_psi`, `truncation_cutoff` and `update_emas` are accepted and have no effect, as published.
+        `directions`, `truncation_psi`, `truncation_cutoff` and `update_emas` are accepted and have no effect, as
+        published.
 
         Returns:
             `rgb` `[B, M, 32]`, `sigma` `[B, M, 1]` (raw density) and `xyz`, the coordinates.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import camera_utils
+from training.published_kwargs import EG3D_RENDERING
 from training.triplane import TriPlaneGenerator
 
 _MODULES = "training.superresolution."
@@ -67,6 +68,7 @@ def tiny_generator_kwargs(system: str, parsing: bool = True, **rendering) -> dic
         "avg_camera_pivot": [0, 0, 0.2],
         "depth_clamp": "batch",
         "auto_range_of_misses": "nearest",
+        **(EG3D_RENDERING if system == "eg3d" else {}),
         **rendering,
     }
     return {
@@ -86,6 +88,7 @@ def tiny_generator_kwargs(system: str, parsing: bool = True, **rendering) -> dic
         "sr_kwargs": {**SR_KWARGS, "first_rgb_replaces_raw": True},
         "rendering_kwargs": rendering_kwargs,
         "representation": REPRESENTATIONS[system],
+        "pose_offset": system != "eg3d",
         "parsing_flag": parsing and system == "sphere",
     }
 

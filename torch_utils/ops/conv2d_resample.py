@@ -23,8 +23,8 @@ def conv2d_resample(
         x: features `[B, I, H, W]`.
         weight: `[O, I / groups, k, k]`, `k` 1 or 3.
         fir: `[4, 4]` filter; needed where `up` or `down` is 2.
-        up: 1 or 2. At 2 and k = 3 the kernel acts as a true convolution on the zero-stuffed image, that is, flipped with
-            respect to the other cases; published weights were trained so.
+        up: 1 or 2. At 2 and k = 3 the kernel acts as a true convolution on the zero-stuffed image, that is, flipped
+            with respect to the other cases; published weights were trained so.
         down: 1 or 2.
         padding: zeros around the image, `k // 2` for the same size.
         groups: as in `torch.nn.functional.conv2d`.

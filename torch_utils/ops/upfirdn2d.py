@@ -1,4 +1,4 @@
-"""FIR resampling of images: zero-stuff, pad, filter, decimate (StyleGAN2, Karras et al. 2020, section on resampling)."""
+"""FIR resampling of images: zero-stuff, pad, filter, decimate (StyleGAN2, Karras et al. 2020)."""
 
 from __future__ import annotations
 

@@ -53,9 +53,9 @@ def _auto_limits(
 def importance_depths(depths: torch.Tensor, weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Draw depths `[B, R, F]` from the smoothed weights of a coarse pass; no gradient flows through them.
 
-    Weights are max-filtered and averaged over neighbours (mip-NeRF, section 3.4), floored, and inverted as a histogram over
-    the midpoints between coarse depths. As published, the histogram has one bin less than there are midpoints, so nothing
-    is drawn from the last one.
+    Weights are max-filtered and averaged over neighbours (mip-NeRF, section 3.4), floored, and inverted as a
+    histogram over the midpoints between coarse depths. As published, the histogram has one bin less than there are
+    midpoints, so nothing is drawn from the last one.
 
     Args:
         depths: coarse depths `[B, R, S]`, S >= 4.

@@ -17,8 +17,8 @@ def midpoints(x: torch.Tensor) -> torch.Tensor:
 def render_weight_from_density(sigma: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
     """Return the weight of each interval between samples.
 
-    With `d_i = t_{i+1} - t_i` and `s_i` the mean raw density of the interval's ends: `alpha_i = 1 - exp(-softplus(s_i - 1) d_i)`
-    and `w_i = alpha_i prod_{j<i} (1 - alpha_j + 1e-10)`.
+    With `d_i = t_{i+1} - t_i` and `s_i` the mean raw density of the interval's ends:
+    `alpha_i = 1 - exp(-softplus(s_i - 1) d_i)` and `w_i = alpha_i prod_{j<i} (1 - alpha_j + 1e-10)`.
 
     Args:
         sigma: raw densities `[B, R, S]`, in the order of `depths`.

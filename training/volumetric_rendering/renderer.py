@@ -116,8 +116,8 @@ def render_rays_ref(
 ) -> RenderOutput:
     """Render rays in two passes: stratified samples, then samples where the first pass found density.
 
-    Gradients flow to planes, decoder and, through the sample positions, to origins and directions; the depths of the second
-    pass are constants, as published.
+    Gradients flow to planes, decoder and, through the sample positions, to origins and directions; the depths of the
+    second pass are constants, as published.
 
     Args:
         representation: how points are looked up in planes.
@@ -148,7 +148,8 @@ def render_rays_ref(
         coarse_colors, num_coarse = colors, depths.shape[-1]
         fine_depths = importance_depths(depths, weights, draws.importance)
         fine_sigma, fine_colors = evaluate(fine_depths, draws.fine_noise)
-        # Only the scalars are sorted; the weights go back to the unsorted samples, so that features stay where they are.
+        # Only the scalars are sorted; the weights go back to the unsorted samples, so that features stay where they
+        # are.
         depths, order = torch.cat([depths, fine_depths], dim=-1).sort(dim=-1)
         sigma = torch.cat([sigma, fine_sigma], dim=-1).gather(-1, order)
         weights = render_weight_from_density(sigma, depths)  # [B, R, S + F - 1]

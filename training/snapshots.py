@@ -1,0 +1,77 @@
+"""Network snapshots: generators and discriminators with their configuration, in one safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import nn
+
+from dnnlib import serialize
+from torch_utils import checkpoint
+from training.config import DiscriminatorConfig, GeneratorConfig
+from training.dual_discriminator import Discriminator
+from training.triplane import TriPlaneGenerator
+
+NETWORK_NAMES = ("G", "D", "G_ema")
+# Kind of network in the header -> its configuration and how it is built from one.
+_KINDS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
+    "generator": (GeneratorConfig, TriPlaneGenerator.from_config),
+    "discriminator": (DiscriminatorConfig, Discriminator),
+}
+# Published training snapshots carry this statistic of their data set, which the networks never read.
+OPTIONAL_TENSORS = frozenset({"dataset_label_std"})
+
+
+def save_networks(path: str | Path, networks: Mapping[str, nn.Module], provenance: Mapping[str, Any]) -> None:
+    """Write networks to a safetensors file.
+
+    Args:
+        path: of the file, which appears complete or not at all.
+        networks: generators and discriminators by name, of `NETWORK_NAMES`.
+        provenance: JSON data that says where the weights come from.
+    """
+    tensors, header = {}, {"networks": {}, "provenance": dict(provenance)}
+    for name, network in networks.items():
+        kind = "discriminator" if isinstance(network, Discriminator) else "generator"
+        header["networks"][name] = {"kind": kind, "config": serialize.to_json(network.config)}
+        tensors.update({f"{name}.{key}": tensor for key, tensor in network.state_dict().items()})
+    checkpoint.write_checkpoint(path, tensors, header)
+
+
+def load_networks(
+    file: BinaryIO, source: str = "checkpoint", only: Collection[str] | None = None
+) -> dict[str, nn.Module]:
+    """Read what `save_networks` wrote.
+
+    Args:
+        file: open for reading.
+        source: how messages call it.
+        only: networks to build; None is all.
+
+    Returns:
+        live networks by name, in eval mode, not requiring gradients.
+
+    Raises:
+        ValueError: the file is damaged, or tensors and configuration do not belong together.
+    """
+    tensors, header = checkpoint.read_checkpoint(file, source)
+    entries = header.get("networks") if isinstance(header, dict) else None
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"{source}: expected networks in the header, got {sorted(header)}")
+    strangers = [name for name in tensors if name.split(".", 1)[0] not in entries]
+    if strangers:
+        raise ValueError(f"{source}: tensor '{strangers[0]}' belongs to no network of the header")
+    networks = {}
+    for name, entry in entries.items():
+        if only is not None and name not in only:
+            continue
+        where = f"{source}: {name}"
+        if not isinstance(entry, dict) or set(entry) != {"kind", "config"} or entry["kind"] not in _KINDS:
+            raise ValueError(f"{where}: expected a kind ({', '.join(_KINDS)}) and a config in the header")
+        config_class, build = _KINDS[entry["kind"]]
+        config = serialize.from_json(config_class, entry["config"], where)
+        own = {key.split(".", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(name + ".")}
+        networks[name] = checkpoint.build_filled(lambda: build(config), own, where)  # noqa: B023 (called at once)
+    return networks
