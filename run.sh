@@ -59,7 +59,7 @@ is_ready() { [[ -x $python && -f $stamp ]] && [[ $(<"$stamp") == "$(wanted_stamp
 has_torch() {
     "$1" -c 'import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 4))' 2>/dev/null
 }
-pip_install() { "$python" -m pip install --quiet --disable-pip-version-check --no-input "$@"; }
+pip_install() { "$python" -m pip install -qq --disable-pip-version-check --no-input "$@"; }
 
 make_environment() {
     # No stamp means that an earlier set-up broke off: start over rather than guess what is whole.
@@ -103,7 +103,7 @@ set_up() {
     is_new_enough "$python" || die "$python: expected Python 3.10 or newer, came $("$python" -V 2>&1)"
     rm -f "$stamp"
     has_torch "$python" || install_torch
-    pip_install --editable "$root[test]"
+    pip_install --editable "${root}[test]"
     has_torch "$python" || die "torch does not import in $env; see: $python -c 'import torch'"
     wanted_stamp >"$stamp.tmp"
     mv "$stamp.tmp" "$stamp"

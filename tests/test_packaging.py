@@ -63,7 +63,7 @@ def imports(path):
 def test_every_imported_package_is_declared(repo_root, project):
     requirements = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
     distributions = [re.match(r"[A-Za-z0-9_-]+", requirement).group() for requirement in requirements]
-    known = {IMPORT_NAMES.get(name, name) for name in distributions} | set(sys.stdlib_module_names)
+    known = {IMPORT_NAMES.get(name, name) for name in distributions} | set(sys.stdlib_module_names) | {"tomllib"}
     listed = subprocess.run(["git", "ls-files", "-z", "*.py"], cwd=repo_root, capture_output=True, text=True)
     if listed.returncode != 0:
         pytest.skip("not a git checkout, so that the files of the project cannot be told from others")
