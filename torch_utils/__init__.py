@@ -1,0 +1,1 @@
+"""Support code that knows tensors but no network: loading, operators, checkpoints, random numbers."""
