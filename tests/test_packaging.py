@@ -152,6 +152,17 @@ def test_run_failed_set_up_starts_over_next_time(sandbox):
     assert not left.exists()
 
 
+def test_run_failed_update_starts_over_next_time(sandbox):
+    sandbox.run("python", "x.py")
+    left = sandbox.root / ".venv" / "left-over"
+    left.touch()
+    with open(sandbox.root / "pyproject.toml", "a") as file:
+        file.write("\n")
+    assert sandbox.run("python", "x.py", FAKE_FAIL="1")[0].returncode == 1
+    assert sandbox.run("python", "x.py")[0].returncode == 0
+    assert not left.exists()
+
+
 def test_run_two_at_once_set_up_once(sandbox):
     if shutil.which("flock", path="/usr/bin:/bin") is None:
         pytest.skip("needs flock")

@@ -44,6 +44,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer_recovering(self, count):
         self.send(BODY[:100_000], length=len(BODY)) if count == 1 else self.send(BODY)
 
+    def answer_shrinking(self, count):
+        self.send(BODY[:100_000], length=len(BODY)) if count == 1 else self.send(b"short")
+
     def answer_busy(self, count):
         self.send(b"later", status=500) if count < 3 else self.send(BODY)
 
@@ -148,6 +151,12 @@ def test_open_url_http_truncated_always_raises_after_the_attempts(server, cache)
 
 def test_open_url_http_truncated_once_tries_again(server, cache):
     assert read(f"{server.url}/recovering") == BODY
+    assert server.requests == 2
+
+
+def test_open_url_http_second_attempt_is_shorter_leaves_nothing_of_the_first(server, cache):
+    assert read(f"{server.url}/shrinking") == b"short"
+    assert read(f"{server.url}/shrinking") == b"short"
     assert server.requests == 2
 
 

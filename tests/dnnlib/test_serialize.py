@@ -30,6 +30,7 @@ class Outer:
     flag: bool = True
     clamp: float | None = None
     near: float | Literal["auto"] = "auto"
+    level: Literal[1, 2] = 1
     old: Optional[int] = None  # noqa: UP045 - this spelling must work too
     either: int | float = 1
     inner: Inner = Inner()
@@ -109,6 +110,8 @@ def changed(path, value):
         ("clamp", "x", "config.clamp: expected a finite float or null, came str 'x'"),
         ("clamp", math.nan, "config.clamp: expected a finite float or null, came float nan"),
         ("near", "never", "config.near: expected a finite float or 'auto', came str 'never'"),
+        ("level", True, "config.level: expected one of 1, 2, came bool True"),
+        ("level", 1.0, "config.level: expected one of 1, 2, came float 1.0"),
         ("old", 1.5, "config.old: expected int or null, came float 1.5"),
         ("inner", None, r"config.inner: expected an object \(Inner\), came null"),
         ("inner.kind", "cube", "config.inner.kind: expected one of 'sphere', 'grid', came str 'cube'"),
