@@ -146,6 +146,16 @@ class Device(click.ParamType):
         return "auto|cpu|cuda[:N]"
 
 
+class Suffix(click.Choice):
+    """One of some file formats, with or without a leading dot, in any case; without the dot as a result."""
+
+    name = "format"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the format in lower case."""
+        return super().convert(str(value).lower().removeprefix("."), param, ctx)
+
+
 VEC3 = FloatVector(3)
 POSITIVE_INT = click.IntRange(min=1)
 POSITIVE_FLOAT = FiniteFloat(min=0, min_open=True)
@@ -257,6 +267,22 @@ def truncation_options(psi: float = 1.0, cutoff: int = 14) -> Decorator:
             help="How many w-layers are truncated, from the coarsest.",
         ),
     )
+
+
+def reload_modules_option() -> Decorator:
+    """Add ``--reload-modules``, which published commands give; it can only be true, and passes no parameter."""
+    return bool_option(
+        "--reload-modules",
+        default=True,
+        hidden=True,
+        expose_value=False,
+        callback=_require_reload,
+    )
+
+
+def _require_reload(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value:
+        raise click.BadParameter("expected true: code stored in a network file is never run", ctx=ctx, param=param)
 
 
 def noise_options() -> Decorator:

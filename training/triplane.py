@@ -250,15 +250,13 @@ class TriPlaneGenerator(nn.Module):
         features, depth, accumulation = (
             x.transpose(1, 2).unflatten(2, (resolution, resolution)) for x in rendered
         )  # [B, C, R, R]
-        if self.decoder.activation == "sigmoid":
-            features = features * 2 - 1
+        features = self._to_signed(features)
         background = field.background
         if background is not None:
             background = resize_bilinear(background, resolution, self.config.superresolution.antialias)
             features = features + (1 - accumulation) * background
 
-        last_w = field.ws[:, -1]
-        raw = features[:, :3] if self.torgb is None else self.torgb(features, last_w, fused=False)
+        raw = self._raw_image(features, field)
         sr_options = SynthesisOptions(
             noise_mode=self.config.superresolution.noise_mode,
             force_fp32=options.force_fp32,
@@ -275,7 +273,7 @@ class TriPlaneGenerator(nn.Module):
             "image_mask": widen_sigmoid_range(accumulation),
         }
         if self.toparsing is not None:
-            out["image_parsing"] = F.softmax(self.toparsing(features, last_w, fused=False), dim=1)
+            out["image_parsing"] = F.softmax(self.toparsing(features, field.ws[:, -1], fused=False), dim=1)
         return out
 
     def query(self, field: RadianceField, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,6 +282,22 @@ class TriPlaneGenerator(nn.Module):
         return self.renderer.query(
             field.planes, self.decoder, points, self.config.rendering, generator=field.options.generator
         )
+
+    def point_colors(self, field: RadianceField, points: torch.Tensor) -> torch.Tensor:
+        """Return colours `[B, M, 3]`, nominally in [-1, 1], of world coordinates `[B, M, 3]`, before super-resolution."""
+        _, features = self.query(field, points)
+        features = self._to_signed(features).transpose(1, 2).unsqueeze(-1)  # [B, C, M, 1]
+        return self._raw_image(features, field).squeeze(-1).transpose(1, 2)
+
+    def _to_signed(self, features: torch.Tensor) -> torch.Tensor:
+        """Map the features of a sigmoid decoder from [0, 1] to [-1, 1]."""
+        return features * 2 - 1 if self.decoder.activation == "sigmoid" else features
+
+    def _raw_image(self, features: torch.Tensor, field: RadianceField) -> torch.Tensor:
+        """Colours `[B, 3, H, W]` of composited or point features `[B, C, H, W]`."""
+        if self.torgb is None:
+            return features[:, :3]
+        return self.torgb(features, field.ws[:, -1], fused=False)
 
     # ---- the published calls ----
 

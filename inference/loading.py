@@ -1,0 +1,48 @@
+"""Load a generator from wherever it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dnnlib.util import open_url
+from legacy import load_network_pkl
+from training.config import require
+from training.presets import generator_preset
+from training.triplane import TriPlaneGenerator
+
+_INIT_PREFIX = "init:"
+_INIT_SEED = 0
+
+
+def is_untrained(source: str | Path) -> bool:
+    """Whether a source names a preset, whose weights are random."""
+    return str(source).startswith(_INIT_PREFIX)
+
+
+def load_generator(source: str | Path, device: torch.device | str = "cpu") -> TriPlaneGenerator:
+    """Load a generator for inference.
+
+    Args:
+        source: a published pickle or a converted safetensors file, as a path, an http(s) URL or `hf://org/repo/file`;
+            or `init:PRESET`, an untrained generator (always the same weights).
+        device: where to put it.
+
+    Returns:
+        The moving average of the generator (`G_ema`), in eval mode, not requiring gradients.
+
+    Raises:
+        ValueError: the file is no snapshot, or holds no `G_ema`.
+        OSError: the file cannot be read.
+    """
+    if is_untrained(source):
+        config = generator_preset(str(source).removeprefix(_INIT_PREFIX))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_INIT_SEED)
+            generator = TriPlaneGenerator.from_config(config).eval().requires_grad_(False)
+    else:
+        with open_url(str(source)) as file:
+            generator = load_network_pkl(file, only=["G_ema"])["G_ema"]
+        require(generator is not None, str(source), "a network G_ema", None)
+    return generator.to(device)

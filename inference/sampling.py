@@ -1,0 +1,217 @@
+"""Heads from latents, and views of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+import camera_utils
+from training.config import NoiseMode, require
+from training.networks_stylegan2 import SynthesisOptions
+from training.triplane import RadianceField, TriPlaneGenerator
+
+ImageMode = Literal["image", "image_raw", "image_depth", "image_mask", "image_parsing"]
+IMAGE_MODES: tuple[ImageMode, ...] = ("image", "image_raw", "image_depth", "image_mask", "image_parsing")
+
+DEFAULT_FOV_DEG = 18.837
+FRONT_DEG = 90.0  # of the published pose_cond, whose angles start at the +x side
+STRIP_VERTICAL = math.pi / 2 - 0.2
+FULL_STRIP_YAW_RAD = tuple(-k * math.pi / 4 for k in range(5))  # front to back
+FRONTAL_STRIP_YAW_RAD = (0.4, 0.0, -0.4)  # EG3D, which knows faces only
+
+# Twenty colours that tell classes apart, the first (background) black.
+_PARSING_COLORS = (
+    "000000 d9a066 8f563b 663931 5b6ee1 306082 63c7b2 e0705c b5493a ffd700 f4b183 c0392b ff7f9f d95763 c2a27c 8a6f4e"
+    " 3f7f4f 4b2e1e 9b59b6 bdc3c7"
+)
+_PARSING_PALETTE = np.array([[int(c[i : i + 2], 16) for i in (0, 2, 4)] for c in _PARSING_COLORS.split()], np.uint8)
+_RANDOM_STREAMS = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truncation:
+    """How far latents may lie from the mean."""
+
+    psi: float = 0.7
+    """Share of the distance kept; 1 keeps all."""
+    cutoff: int | None = 14
+    """Layers that are truncated; None is all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Randomness of a rendering: layer noise and the jitter of samples along rays."""
+
+    mode: NoiseMode = "const"
+    """Layer noise. With 'random', which is new for every view, planes cannot be reused from view to view."""
+    seed: int = 0
+
+
+class Head:
+    """One generated head: latents and, computed once, what does not depend on the camera."""
+
+    def __init__(self, generator: TriPlaneGenerator, ws: torch.Tensor, noise: Noise | None = None) -> None:
+        """Wrap w-layers.
+
+        Args:
+            generator: that the layers belong to.
+            ws: `[1, L, 512]`, or `[L, 512]`.
+            noise: None is fixed layer noise and seed 0.
+        """
+        device = next(generator.parameters()).device
+        ws = (ws.unsqueeze(0) if ws.ndim == 2 else ws).to(device)
+        expected = (1, generator.backbone.num_ws, generator.w_dim)
+        require(tuple(ws.shape) == expected, "ws", f"shape {expected}", tuple(ws.shape))
+        self.generator, self.ws, self.noise = generator, ws, noise or Noise()
+        self._random = torch.Generator(device=device)
+        self._options = SynthesisOptions(noise_mode=self.noise.mode, generator=self._random)
+        self._field: RadianceField | None = None
+
+    @property
+    def field(self) -> RadianceField:
+        """The radiance field, computed at first use; with random layer noise, a fresh one every time."""
+        if self._field is not None and self.noise.mode != "random":
+            return self._field
+        with torch.no_grad():
+            self._field = self.generator.radiance_field(self.ws, options=self._options)
+        return self._field
+
+    @torch.no_grad()
+    def render(
+        self, label: torch.Tensor, view: int = 0, neural_rendering_resolution: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Render from a camera.
+
+        Args:
+            label: `[25]` or `[1, 25]`.
+            view: number of the view, which chooses the noise where it is random. Ray jitter is otherwise the same in
+                every view, so that it does not flicker.
+            neural_rendering_resolution: None is the generator's own.
+
+        Returns:
+            images `[1, C, H, W]` by name; see `TriPlaneGenerator.render`.
+        """
+        stream = view if self.noise.mode == "random" else 0
+        self._random.manual_seed(self.noise.seed * _RANDOM_STREAMS + stream)
+        label = label.reshape(1, -1).to(self.ws.device)
+        return self.generator.render(self.field, label, neural_rendering_resolution)
+
+
+def make_head(
+    generator: TriPlaneGenerator,
+    seed: int,
+    truncation: Truncation | None = None,
+    noise: Noise | None = None,
+    pose_cond_deg: float = FRONT_DEG,
+) -> Head:
+    """Make the head of a seed.
+
+    Args:
+        generator: from `load_generator`.
+        seed: of the latent.
+        truncation: None is the default of `Truncation`.
+        noise: None is fixed layer noise and seed 0.
+        pose_cond_deg: azimuth of the camera that the mapping network is told, 90 in front of the face.
+    """
+    return Head(generator, seed_ws(generator, [seed], truncation or Truncation(), pose_cond_deg), noise)
+
+
+@torch.no_grad()
+def seed_ws(
+    generator: TriPlaneGenerator, seeds: Sequence[int], truncation: Truncation, pose_cond_deg: float = FRONT_DEG
+) -> torch.Tensor:
+    """Return the w-layers `[len(seeds), L, 512]` of seeds; arguments as for `make_head`."""
+    device = next(generator.parameters()).device
+    z = np.stack([np.random.RandomState(seed).randn(generator.z_dim) for seed in seeds])
+    label = conditioning_label(generator, pose_cond_deg).to(device).expand(len(seeds), -1)
+    return generator.mapping(torch.from_numpy(z).to(device), label, truncation.psi, truncation.cutoff)
+
+
+def conditioning_label(generator: TriPlaneGenerator, pose_cond_deg: float = FRONT_DEG) -> torch.Tensor:
+    """Return the label `[1, 25]` for the mapping network: a level camera with the focal length of the training data."""
+    yaw_rad = math.radians(pose_cond_deg - FRONT_DEG)
+    pose = camera_utils.look_at_pose(yaw_rad, radius=camera_radius(generator), target=_frontal_target(generator))
+    return camera_utils.camera_label(pose, camera_utils.intrinsics_from_focal(camera_utils.TRAINING_FOCAL))
+
+
+def camera_radius(generator: TriPlaneGenerator) -> float:
+    """Return the distance of cameras that the generator was trained with, in world units."""
+    return generator.rendering_kwargs.get("avg_camera_radius", camera_utils.TRAINING_RADIUS)
+
+
+def camera_pivot(generator: TriPlaneGenerator) -> tuple[float, ...]:
+    """Return the point that frontal cameras look at."""
+    return tuple(generator.rendering_kwargs.get("avg_camera_pivot", (0.0, 0.0, 0.0)))
+
+
+def shows_all_sides(generator: TriPlaneGenerator) -> bool:
+    """Whether the generator is made for views from behind; the tri-plane of EG3D is not."""
+    return generator.config.representation != "tri_plane"
+
+
+def _frontal_target(generator: TriPlaneGenerator) -> tuple[float, ...]:
+    return (0.0, 0.0, 0.0) if shows_all_sides(generator) else camera_pivot(generator)
+
+
+def labels_from_poses(poses: torch.Tensor, fov_deg: float = DEFAULT_FOV_DEG) -> torch.Tensor:
+    """Return the labels `[V, 25]` of poses `[V, 4, 4]` at a (diagonal) field of view."""
+    return camera_utils.camera_label(poses, camera_utils.intrinsics_from_focal(camera_utils.focal_from_fov(fov_deg)))
+
+
+def orbit_labels(num_views: int, fov_deg: float = DEFAULT_FOV_DEG) -> torch.Tensor:
+    """Return the labels `[num_views, 25]` of cameras once around the head."""
+    return labels_from_poses(camera_utils.orbit_path(num_views), fov_deg)
+
+
+def strip_labels(generator: TriPlaneGenerator, fov_deg: float = DEFAULT_FOV_DEG) -> torch.Tensor:
+    """Return the labels `[V, 25]` of an image strip: front to back, or the front alone for EG3D."""
+    yaw_rad = FULL_STRIP_YAW_RAD if shows_all_sides(generator) else FRONTAL_STRIP_YAW_RAD
+    poses = camera_utils.look_at_pose(
+        torch.tensor(yaw_rad),
+        camera_utils.pitch_from_vertical(STRIP_VERTICAL),
+        camera_radius(generator),
+        _frontal_target(generator),
+    )
+    return labels_from_poses(poses, fov_deg)
+
+
+def render_strip(
+    head: Head, labels: Iterable[torch.Tensor], mode: ImageMode = "image", resolution: int | None = None
+) -> np.ndarray:
+    """Render views side by side: uint8 `[H, W * V, 3]`."""
+    views = (head.render(label, view, resolution) for view, label in enumerate(labels))
+    return np.concatenate([to_uint8(output, mode)[0] for output in views], axis=1)
+
+
+def to_uint8(output: dict[str, torch.Tensor], mode: ImageMode = "image") -> np.ndarray:
+    """Turn one image of a rendering into something to look at.
+
+    Args:
+        output: from `Head.render` or `TriPlaneGenerator.synthesis`.
+        mode: 'image' and 'image_raw': colours, [-1, 1] to 0...255, truncated as published. 'image_depth': near is
+            bright, scaled to the range of each image. 'image_mask': opaque is white. 'image_parsing': a colour per
+            class.
+
+    Returns:
+        uint8 `[B, H, W, 3]`.
+
+    Raises:
+        ValueError: the generator makes no such image.
+    """
+    require(mode in output, "image mode", f"one of {', '.join(output)} for this network", mode)
+    image = output[mode].detach().float()
+    if mode == "image_parsing":
+        return _PARSING_PALETTE[image.argmax(dim=1).cpu().numpy() % len(_PARSING_PALETTE)]
+    if mode == "image_depth":
+        nearness = -image
+        low, high = nearness.amin(dim=(1, 2, 3), keepdim=True), nearness.amax(dim=(1, 2, 3), keepdim=True)
+        image = (nearness - low) / (high - low).clamp(min=1e-8) * 2 - 1
+    elif mode == "image_mask":
+        image = image * 2 - 1
+    pixels = (image * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,171 @@
+"""Videos of heads: a camera path, a loop through latents, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import camera_utils
+from dnnlib.atomic import atomic_write
+from inference.interpolation import LatentLoop
+from inference.output import VIDEO_FPS, open_video
+from inference.sampling import (
+    DEFAULT_FOV_DEG,
+    Head,
+    ImageMode,
+    Noise,
+    camera_pivot,
+    camera_radius,
+    labels_from_poses,
+    shows_all_sides,
+    to_uint8,
+)
+from inference.shapes import ShapeSettings, save_shape
+from training.config import require
+from training.triplane import TriPlaneGenerator
+
+CAMERA_PATHS = ("FFHQ", "Cats", "Head", "AFHQ", "Shapenet")
+FRONT_VERTICAL = np.pi / 2 - 0.05
+_EG3D_YAW_RANGE_RAD = 0.35
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """How a video looks, apart from whom it shows."""
+
+    camera_path: str = "FFHQ"
+    """'Head': once around. Others: an ellipse in front of the face, about a pivot of the data set."""
+    fixed_camera: bool = False
+    """Replace the way around of 'Head' by a camera in front."""
+    frames_per_keyframe: int = 240
+    turns: float = 1.0
+    """Share of the loop through the latents that the video covers."""
+    grid: tuple[int, int] = (1, 1)
+    """Columns and rows."""
+    image_mode: ImageMode = "image"
+    fov_deg: float = DEFAULT_FOV_DEG
+    neural_rendering_resolution: int | None = None
+    """None is the generator's own."""
+    noise: Noise = Noise()
+    fps: int = VIDEO_FPS
+
+    def __post_init__(self) -> None:
+        require(self.camera_path in CAMERA_PATHS, "camera path", f"one of {', '.join(CAMERA_PATHS)}", self.camera_path)
+        require(self.frames_per_keyframe >= 1, "frames per keyframe", "at least 1", self.frames_per_keyframe)
+
+
+def path_labels(generator: TriPlaneGenerator, num_frames: int, settings: VideoSettings) -> torch.Tensor:
+    """Return the camera labels `[num_frames, 25]` of a video."""
+    if settings.camera_path == "Head" and settings.fixed_camera:
+        pose = camera_utils.look_at_pose(
+            0.0, camera_utils.pitch_from_vertical(FRONT_VERTICAL), camera_radius(generator)
+        )
+        poses = pose.expand(num_frames, -1, -1)
+    elif settings.camera_path == "Head":
+        poses = camera_utils.orbit_path(num_frames, radius=camera_radius(generator))
+    elif shows_all_sides(generator):
+        target = camera_pivot(generator) if settings.camera_path == "FFHQ" else (0.0, 0.0, 0.0)
+        poses = camera_utils.oscillating_path(num_frames, radius=camera_radius(generator), target=target)
+    else:
+        poses = camera_utils.oscillating_path(
+            num_frames,
+            radius=camera_radius(generator),
+            target=camera_pivot(generator),
+            yaw_range_rad=_EG3D_YAW_RANGE_RAD,
+        )
+    return labels_from_poses(poses, settings.fov_deg)
+
+
+def arrange_keyframes(ws: torch.Tensor, grid: tuple[int, int], num_keyframes: int | None) -> torch.Tensor:
+    """Deal w-layers `[N, L, 512]` out to the cells of a grid: `[rows * columns, K, L, 512]`.
+
+    Args:
+        ws: of the seeds in order; consecutive ones are the keyframes of a cell.
+        grid: columns and rows.
+        num_keyframes: K; None is N / (rows * columns). With a number, the seeds are repeated as needed.
+
+    Raises:
+        ValueError: the seeds do not fill the grid.
+    """
+    cells = grid[0] * grid[1]
+    if num_keyframes is None:
+        require(
+            ws.shape[0] % cells == 0, "number of seeds", f"a multiple of {cells}, the cells of the grid", ws.shape[0]
+        )
+        num_keyframes = ws.shape[0] // cells
+    index = torch.arange(cells * num_keyframes, device=ws.device) % ws.shape[0]
+    return ws[index].unflatten(0, (cells, num_keyframes))
+
+
+def render_frames(
+    generator: TriPlaneGenerator, keyframes: torch.Tensor, settings: VideoSettings
+) -> Iterator[tuple[np.ndarray, list[Head]]]:
+    """Render a video frame by frame.
+
+    Args:
+        generator: from `load_generator`.
+        keyframes: `[cells, K, L, 512]`, from `arrange_keyframes`.
+        settings: of the video.
+
+    Yields:
+        a frame uint8 `[H, W, 3]`, and the heads in it, row by row.
+    """
+    num_cells, num_keyframes = keyframes.shape[:2]
+    columns, rows = settings.grid
+    require(num_cells == columns * rows, "keyframes", f"{columns * rows} cells for the grid", num_cells)
+    num_frames = num_keyframes * settings.frames_per_keyframe
+    labels = path_labels(generator, num_frames, settings)
+    loops = [LatentLoop(cell) for cell in keyframes]
+    heads: list[Head] = []
+    for frame in range(num_frames):
+        if num_keyframes > 1 or not heads:  # a head that does not change keeps its planes
+            turn = settings.turns * frame / num_frames
+            heads = [Head(generator, loop(turn), settings.noise) for loop in loops]
+        cells = [
+            to_uint8(head.render(labels[frame], frame, settings.neural_rendering_resolution), settings.image_mode)[0]
+            for head in heads
+        ]
+        row_images = [np.concatenate(cells[row * columns : (row + 1) * columns], axis=1) for row in range(rows)]
+        yield np.concatenate(row_images, axis=0), heads
+
+
+def write_video(
+    path: Path,
+    generator: TriPlaneGenerator,
+    keyframes: torch.Tensor,
+    settings: VideoSettings,
+    shapes: tuple[Path, ShapeSettings, str] | None = None,
+    progress: bool = True,
+) -> None:
+    """Render a video to a file; see `render_frames`.
+
+    Args:
+        path: ends in `.mp4`; appears when the video is complete.
+        generator: from `load_generator`.
+        keyframes: `[cells, K, L, 512]`.
+        settings: of the video.
+        shapes: folder, settings and format of shapes of the first cell, one for each frame in which it changes;
+            beside them goes `trajectory.npy`, the camera poses `[F, 4, 4]`. None writes none.
+        progress: show a bar.
+    """
+    num_frames = keyframes.shape[1] * settings.frames_per_keyframe
+    last_head = None
+    with open_video(path, settings.fps) as video:
+        frames = render_frames(generator, keyframes, settings)
+        for number, (frame, heads) in enumerate(
+            tqdm(frames, total=num_frames, desc=path.name, unit="frame", disable=not progress)
+        ):
+            video.append_data(frame)
+            if shapes is not None and heads[0] is not last_head:
+                folder, shape_settings, shape_format = shapes
+                save_shape(folder / f"{number:04d}_shape.{shape_format}", heads[0], shape_settings)
+                last_head = heads[0]
+    if shapes is not None:
+        poses, _ = camera_utils.split_label(path_labels(generator, num_frames, settings))
+        with atomic_write(shapes[0] / "trajectory.npy") as file:
+            np.save(file, poses.numpy())
