@@ -207,7 +207,7 @@ def bool_option(*names: str, default: bool, **attributes: Any) -> Decorator:
     return option(*names, type=click.BOOL, is_flag=False, flag_value=True, default=default, **attributes)
 
 
-def _group(*decorators: Decorator) -> Decorator:
+def group(*decorators: Decorator) -> Decorator:
     """Join decorators into one, the first being the first in the help text."""
 
     def decorate(command: Command) -> Command:
@@ -253,7 +253,7 @@ def truncation_options(psi: float = 1.0, cutoff: int = 14) -> Decorator:
         psi: default of ``--trunc``, also spelled ``--truncation`` and ``--truncation-psi``.
         cutoff: default of ``--trunc-cutoff``, also spelled ``--truncation-cutoff``.
     """
-    return _group(
+    return group(
         option(
             *("--trunc", "--truncation", "--truncation-psi", "truncation_psi"),
             type=FiniteFloat(),
@@ -290,7 +290,7 @@ def noise_options() -> Decorator:
 
     Differs from the published code: the published scripts draw fresh noise for every image from an unseeded stream.
     """
-    return _group(
+    return group(
         option(
             "--noise-mode",
             type=click.Choice(["const", "random", "none"]),
@@ -313,7 +313,7 @@ def output_options(required: bool = False, outdir_help: str = "Folder to write t
         required: whether ``--outdir`` must be given.
         outdir_help: help text of ``--outdir``, which says what None means.
     """
-    return _group(
+    return group(
         option("--outdir", type=click.Path(file_okay=False, path_type=Path), required=required, help=outdir_help),
         option("--overwrite", is_flag=True, help="Replace files that are there already."),
         option("--dry-run", is_flag=True, help="Print as JSON what would be done, and stop."),

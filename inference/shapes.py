@@ -15,6 +15,7 @@ from training.config import require
 
 MRC_FORMAT = "mrc"
 SHAPE_FORMATS = (MRC_FORMAT, *shape_utils.MESH_FORMATS)
+VIDEO_SHAPE_FORMATS = (*shape_utils.MESH_FORMATS, MRC_FORMAT)
 REMOVED_SIGMA = -1000.0
 _AUTO_LEVEL_SHARE = 0.1  # of the inner voxels are taken to be inside, where the published level gives no surface
 

@@ -32,6 +32,7 @@ from training.triplane import TriPlaneGenerator
 CAMERA_PATHS = ("FFHQ", "Cats", "Head", "AFHQ", "Shapenet")
 FRONT_VERTICAL = np.pi / 2 - 0.05
 _EG3D_YAW_RANGE_RAD = 0.35
+_SHAPENET_FOV_DEG = camera_utils.fov_from_focal(1.7074)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,8 @@ class VideoSettings:
     grid: tuple[int, int] = (1, 1)
     """Columns and rows."""
     image_mode: ImageMode = "image"
-    fov_deg: float = DEFAULT_FOV_DEG
+    fov_deg: float | None = None
+    """Diagonal field of view; None is that of the data set that the camera path is for."""
     neural_rendering_resolution: int | None = None
     """None is the generator's own."""
     noise: Noise = Noise()
@@ -57,6 +59,16 @@ class VideoSettings:
     def __post_init__(self) -> None:
         require(self.camera_path in CAMERA_PATHS, "camera path", f"one of {', '.join(CAMERA_PATHS)}", self.camera_path)
         require(self.frames_per_keyframe >= 1, "frames per keyframe", "at least 1", self.frames_per_keyframe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameShapes:
+    """Shapes that accompany a video: of its first cell, one for each frame in which it changes."""
+
+    folder: Path = Path()
+    """Also gets `trajectory.npy`, the camera poses `[F, 4, 4]`."""
+    suffix: str = "ply"
+    settings: ShapeSettings = ShapeSettings()
 
 
 def path_labels(generator: TriPlaneGenerator, num_frames: int, settings: VideoSettings) -> torch.Tensor:
@@ -78,28 +90,8 @@ def path_labels(generator: TriPlaneGenerator, num_frames: int, settings: VideoSe
             target=camera_pivot(generator),
             yaw_range_rad=_EG3D_YAW_RANGE_RAD,
         )
-    return labels_from_poses(poses, settings.fov_deg)
-
-
-def arrange_keyframes(ws: torch.Tensor, grid: tuple[int, int], num_keyframes: int | None) -> torch.Tensor:
-    """Deal w-layers `[N, L, 512]` out to the cells of a grid: `[rows * columns, K, L, 512]`.
-
-    Args:
-        ws: of the seeds in order; consecutive ones are the keyframes of a cell.
-        grid: columns and rows.
-        num_keyframes: K; None is N / (rows * columns). With a number, the seeds are repeated as needed.
-
-    Raises:
-        ValueError: the seeds do not fill the grid.
-    """
-    cells = grid[0] * grid[1]
-    if num_keyframes is None:
-        require(
-            ws.shape[0] % cells == 0, "number of seeds", f"a multiple of {cells}, the cells of the grid", ws.shape[0]
-        )
-        num_keyframes = ws.shape[0] // cells
-    index = torch.arange(cells * num_keyframes, device=ws.device) % ws.shape[0]
-    return ws[index].unflatten(0, (cells, num_keyframes))
+    default_fov_deg = _SHAPENET_FOV_DEG if settings.camera_path == "Shapenet" else DEFAULT_FOV_DEG
+    return labels_from_poses(poses, settings.fov_deg or default_fov_deg)
 
 
 def render_frames(
@@ -139,7 +131,7 @@ def write_video(
     generator: TriPlaneGenerator,
     keyframes: torch.Tensor,
     settings: VideoSettings,
-    shapes: tuple[Path, ShapeSettings, str] | None = None,
+    shapes: FrameShapes | None = None,
     progress: bool = True,
 ) -> None:
     """Render a video to a file; see `render_frames`.
@@ -149,8 +141,7 @@ def write_video(
         generator: from `load_generator`.
         keyframes: `[cells, K, L, 512]`.
         settings: of the video.
-        shapes: folder, settings and format of shapes of the first cell, one for each frame in which it changes;
-            beside them goes `trajectory.npy`, the camera poses `[F, 4, 4]`. None writes none.
+        shapes: what to write beside the video; None is nothing.
         progress: show a bar.
     """
     num_frames = keyframes.shape[1] * settings.frames_per_keyframe
@@ -162,10 +153,9 @@ def write_video(
         ):
             video.append_data(frame)
             if shapes is not None and heads[0] is not last_head:
-                folder, shape_settings, shape_format = shapes
-                save_shape(folder / f"{number:04d}_shape.{shape_format}", heads[0], shape_settings)
                 last_head = heads[0]
+                save_shape(shapes.folder / f"{number:04d}_shape.{shapes.suffix}", last_head, shapes.settings)
     if shapes is not None:
         poses, _ = camera_utils.split_label(path_labels(generator, num_frames, settings))
-        with atomic_write(shapes[0] / "trajectory.npy") as file:
+        with atomic_write(shapes.folder / "trajectory.npy") as file:
             np.save(file, poses.numpy())

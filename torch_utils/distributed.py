@@ -30,8 +30,8 @@ def resolve_device(name: str) -> torch.device:
     """Return the device of a `--device` option.
 
     Args:
-        name: 'auto' (a GPU if there is one, else the CPU), 'cpu', 'cuda' or 'cuda:N'. Under torchrun 'auto' and 'cuda' are
-            the GPU of the local rank.
+        name: 'auto' (a GPU if there is one, else the CPU), 'cpu', 'cuda' or 'cuda:N'. Under torchrun 'auto' and 'cuda'
+            are the GPU of the local rank.
 
     Raises:
         ValueError: the device is not there.

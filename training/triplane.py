@@ -284,7 +284,7 @@ class TriPlaneGenerator(nn.Module):
         )
 
     def point_colors(self, field: RadianceField, points: torch.Tensor) -> torch.Tensor:
-        """Return colours `[B, M, 3]`, nominally in [-1, 1], of world coordinates `[B, M, 3]`, before super-resolution."""
+        """Return colours `[B, M, 3]`, nominally in [-1, 1], of world coordinates `[B, M, 3]` (no super-resolution)."""
         _, features = self.query(field, points)
         features = self._to_signed(features).transpose(1, 2).unsqueeze(-1)  # [B, C, M, 1]
         return self._raw_image(features, field).squeeze(-1).transpose(1, 2)
