@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a command of this project, after setting everything up where that has not been done yet:
-#   ./run.sh python gen_samples.py --network init:demo --seeds 0-3 --outdir out
+#   ./run.sh python gen_samples.py --network init:debug --seeds 0-3 --outdir out
 #   ./run.sh pytest
 # It uses the active virtual or conda environment, and otherwise makes .venv beside this file.
 # PYTHON chooses the interpreter that .venv is made with (at least 3.10).

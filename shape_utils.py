@@ -221,20 +221,17 @@ def write_volume_mrc(path: str | os.PathLike, sigma: np.ndarray | torch.Tensor, 
 
     Raises:
         ValueError: ``sigma`` is not a finite volume, or ``voxel_size`` is not above 0.
-        ImportError: mrcfile is not installed.
         OSError: The file cannot be written.
 
     Differs from the published code, which stores the array as it is: x and z change places in viewers, and neither the
     scale nor the position is set.
     """
+    import mrcfile
+
     if not 0.0 < voxel_size < float("inf"):
         raise ValueError(f"voxel_size must be a finite length above 0, got {voxel_size}")
     volume = _as_volume(sigma)
     _density_range(volume)
-    try:
-        import mrcfile
-    except ImportError:
-        raise ImportError("writing .mrc needs mrcfile: pip install mrcfile (or the extra `volumes`)") from None
     with atomic_path(path) as temp, mrcfile.new(temp, np.ascontiguousarray(volume.T)) as mrc:  # slowest axis first: z
         mrc.voxel_size = voxel_size
         for axis, size in zip("xyz", volume.shape):
