@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import camera_utils
+from training.config import DiscriminatorConfig
+from training.dual_discriminator import Discriminator
 from training.published_kwargs import EG3D_RENDERING
 from training.triplane import TriPlaneGenerator
 
@@ -103,7 +105,7 @@ def tiny_generator(system: str, **rendering) -> TriPlaneGenerator:
 
 def fixture_latents() -> torch.Tensor:
     """Return the latents z `[2, 64]` of the reference values."""
-    return torch.from_numpy(np.random.RandomState(1).randn(2, 64).astype(np.float32))
+    return _float32(np.random.RandomState(1).randn(2, 64))
 
 
 def fixture_cameras() -> torch.Tensor:
@@ -114,3 +116,37 @@ def fixture_cameras() -> torch.Tensor:
     ]
     intrinsics = camera_utils.FOV_to_intrinsics(18.837).expand(2, 3, 3)
     return camera_utils.camera_label(torch.cat(poses), intrinsics)
+
+
+def fixture_points() -> torch.Tensor:
+    """Return the query points `[2, 50, 3]` of the reference values, some of them outside the box."""
+    return _float32(np.random.RandomState(2).uniform(-0.6, 0.6, (2, 50, 3)))
+
+
+def tiny_discriminator(variant: str, **config) -> Discriminator:
+    """Build the tiny discriminator of a variant with filled weights, in eval mode."""
+    discriminator = Discriminator(
+        DiscriminatorConfig(variant=variant, img_resolution=64, channel_base=1024, channel_max=32, **config)
+    ).eval()
+    fill_weights(discriminator)
+    return discriminator
+
+
+def fixture_images() -> dict[str, torch.Tensor]:
+    """Return the discriminator inputs of the reference values, for 4 samples."""
+    parsing = torch.from_numpy(np.random.RandomState(4).randn(4, 20, 16, 16)).softmax(dim=1)
+    return {
+        "image": _float32(np.random.RandomState(1).randn(4, 3, 64, 64)),
+        "image_raw": _float32(np.random.RandomState(2).randn(4, 3, 16, 16)),
+        "image_mask": _float32(np.random.RandomState(3).uniform(size=(4, 1, 16, 16))),
+        "image_parsing": parsing.float(),
+    }
+
+
+def fixture_labels() -> torch.Tensor:
+    """Return the discriminator labels `[4, 25]` of the reference values."""
+    return _float32(np.random.RandomState(5).randn(4, 25))
+
+
+def _float32(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.float32))
