@@ -87,10 +87,10 @@ def sample_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tens
         coordinates: `[N, M, 2]` (along W, along H) in [-1, 1], where the ends are the outer edges of the border texels.
 
     Returns:
-        `[N, M, C]`.
+        `[N, C, M]`.
     """
     samples = F.grid_sample(planes, coordinates.unsqueeze(1), padding_mode="zeros", align_corners=False)  # [N, C, 1, M]
-    return samples.squeeze(2).transpose(1, 2)
+    return samples.squeeze(2)
 
 
 class SphericalCoordinates(NamedTuple):
@@ -177,10 +177,10 @@ class DualSphericalTriPlane(Representation):
         for sphere, axes in enumerate(((z, y, -x), (-z, -x, y))):
             theta, phi, radius, weight = spherical_coordinates(torch.stack(axes, dim=-1))
             coordinates = _stack_coordinates((theta, phi), (theta, radius), (phi, radius))  # [B, P, M, 2]
-            features = _mean_over_planes(planes[:, sphere], coordinates)  # [B, M, C]
-            weighted = weighted + features * weight.unsqueeze(-1)
+            features = _mean_over_planes(planes[:, sphere], coordinates)  # [B, C, M]
+            weighted = weighted + features * weight.unsqueeze(1)
             total_weight = total_weight + weight
-        return weighted / (total_weight.unsqueeze(-1) + _FUSION_EPS)
+        return (weighted / (total_weight.unsqueeze(1) + _FUSION_EPS)).transpose(1, 2)
 
 
 @register_representation("tri_plane")
@@ -203,7 +203,7 @@ class TriPlane(Representation):
     def __call__(self, planes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         """Average the three planes. See `Representation.__call__`."""
         x, y, z = points.unbind(dim=-1)
-        return _mean_over_planes(planes, _stack_coordinates((x, y), (x, z), (z, x)))
+        return _mean_over_planes(planes, _stack_coordinates((x, y), (x, z), (z, x))).transpose(1, 2)
 
 
 @register_representation("tri_grid")
@@ -239,6 +239,6 @@ def _stack_coordinates(*planes: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 def _mean_over_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """Look up `[B, P, C, H, W]` at `[B, P, M, 2]` and average over the planes: `[B, M, C]`."""
+    """Look up `[B, P, C, H, W]` at `[B, P, M, 2]` and average over the planes: `[B, C, M]`."""
     samples = sample_planes(planes.flatten(0, 1), coordinates.flatten(0, 1))
     return samples.unflatten(0, planes.shape[:2]).mean(dim=1)
