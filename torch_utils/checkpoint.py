@@ -25,9 +25,19 @@ _MAX_NAMES_SHOWN = 5
 def write_checkpoint(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a JSON header to a safetensors file; nothing appears under `path` unless all was written."""
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "header": json.dumps(header, allow_nan=False)}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(contiguous, metadata))
+        file.write(safetensors.torch.save(_separate(tensors), metadata))
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return contiguous tensors on the CPU, copied where two share memory, which the format cannot express."""
+    separate, storages = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return separate
 
 
 def is_checkpoint(head: bytes) -> bool:
@@ -87,10 +97,14 @@ def build_filled(
         The module, in eval mode, not requiring gradients.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; the message names it.
+        ValueError: a tensor is missing, unknown or of another shape, which the message names; or the module cannot be
+            built.
     """
-    with torch.device("meta"):
-        module = build()
+    try:
+        with torch.device("meta"):
+            module = build()
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # say, of sizes that make no sense
+        raise ValueError(f"{source}: {str(error).partition(chr(10))[0]}") from error
     expected = module.state_dict()
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected and name not in optional]
