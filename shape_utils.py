@@ -4,8 +4,8 @@ A volume ``sigma`` is [X, Y, Z]: sigma[i, j, k] is the density at world position
 lie *on* the faces of the box, which is centred on the world origin, so that N voxels span N - 1 steps. World: +y up, +z
 in front of the face (docs/conventions.md); PLY, OBJ and GLB files keep these axes and the world's unit.
 
-Letters: M points; X, Y, Z voxels along the world axes. scikit-image, trimesh and mrcfile are imported where they are
-used.
+Letters: M points; X, Y, Z voxels along the world axes. scikit-image, trimesh and mrcfile, the
+extra `meshes`, are imported where they are used.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dnnlib.atomic import atomic_path, atomic_write
+from dnnlib.extras import import_extra
 
 MESH_FORMATS = ("ply", "obj", "glb")
 
@@ -164,11 +165,10 @@ def _density_range(volume: np.ndarray) -> tuple[float, float]:
 
 def _marching_cubes(volume: np.ndarray, level: float, outside_is_lower: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return vertices [num_vertices, 3] float32 in voxel indices, and outward faces [num_faces, 3] int32."""
-    from skimage.measure import marching_cubes
-
+    measure = import_extra("skimage.measure", "meshes")
     # scikit-image names the direction for left-handed axes; ours are right-handed, so that its names change places.
     direction = "ascent" if outside_is_lower else "descent"
-    vertices, faces, _, _ = marching_cubes(volume, level, gradient_direction=direction)
+    vertices, faces, _, _ = measure.marching_cubes(volume, level, gradient_direction=direction)
     return np.ascontiguousarray(vertices, dtype=np.float32), np.ascontiguousarray(faces, dtype=np.int32)
 
 
@@ -200,8 +200,7 @@ def write_mesh(path: str | os.PathLike, mesh: Mesh, vertex_colors: np.ndarray | 
 
 def _export(path: str | os.PathLike, file_type: str, mesh: Mesh, vertex_colors: np.ndarray | None = None) -> None:
     """Write checked arguments as ``file_type``."""
-    import trimesh
-
+    trimesh = import_extra("trimesh", "meshes")
     # process=False: keep every vertex in its place, where trimesh would merge and reorder them
     surface = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_colors=vertex_colors, process=False)
     content = surface.export(file_type=file_type)
@@ -226,8 +225,7 @@ def write_volume_mrc(path: str | os.PathLike, sigma: np.ndarray | torch.Tensor, 
     Differs from the published code, which stores the array as it is: x and z change places in viewers, and neither the
     scale nor the position is set.
     """
-    import mrcfile
-
+    mrcfile = import_extra("mrcfile", "meshes")
     if not 0.0 < voxel_size < float("inf"):
         raise ValueError(f"voxel_size must be a finite length above 0, got {voxel_size}")
     volume = _as_volume(sigma)

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import click
 
+from dnnlib.extras import MissingExtraError
+
 MAX_SEEDS = 1_000_000
 MAX_SEED = 2**32 - 1  # the largest that numpy.random.RandomState takes
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -345,7 +347,7 @@ def cli_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:  # click ends quietly where the reader of a pipe is gone
         raise
-    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, MissingExtraError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         converted = None if os.environ.get("SPHEREHEAD_TRACEBACK", "0") not in ("", "0") else _as_click(error)
         if converted is None:
             raise
@@ -365,7 +367,7 @@ def _as_click(error: BaseException) -> click.ClickException | None:
         return click.ClickException(f"no space left on the disk{where}")
     if isinstance(error, OSError) and error.filename is not None:
         return click.ClickException(f"{error.filename}: {error.strerror or type(error).__name__}")
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError, MissingExtraError)):
         return click.ClickException(_one_line(error))
     return None
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from dnnlib.atomic import atomic_write
+from dnnlib.extras import import_extra
 
 try:
     import fcntl
@@ -72,18 +73,16 @@ def fetch_hf(url: str, cache_dir: str | os.PathLike | None, sha256: str | None) 
 
     Raises:
         ValueError: another form of URL, or other bytes than asked for.
-        DownloadError: huggingface_hub is not installed, or finds no such file.
+        DownloadError: huggingface_hub finds no such file.
+        MissingExtraError: huggingface_hub is not installed.
     """
     match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/([^@]+)(?:@(.+))?", url)
     if match is None:
         raise ValueError(f"{url}: expected hf://org/repo/path/in/repo[@revision]")
     repo, early_revision, filename, late_revision = match.groups()
+    hub = import_extra("huggingface_hub", "hub")
     try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise DownloadError(f"{url}: needs huggingface_hub; install it with: pip install 'spherehead[hub]'") from None
-    try:
-        path = Path(hf_hub_download(repo, filename, revision=late_revision or early_revision, cache_dir=cache_dir))
+        path = Path(hub.hf_hub_download(repo, filename, revision=late_revision or early_revision, cache_dir=cache_dir))
     except Exception as error:  # its exceptions differ between versions; all mean that there is no file
         raise DownloadError(f"{url}: {' '.join(str(error).split())}") from error
     if sha256 is not None and (came := file_sha256(path)) != sha256.lower():

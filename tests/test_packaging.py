@@ -47,7 +47,8 @@ def project(repo_root):
 def test_environment_yml_lists_what_pyproject_requires(repo_root, project):
     text = (repo_root / "environment.yml").read_text(encoding="utf-8")
     listed = [line.split(" #")[0].strip() for line in re.findall(r"^      - (.*)$", text, re.MULTILINE)]
-    assert listed == project["dependencies"] + project["optional-dependencies"]["test"]
+    extras = project["optional-dependencies"]
+    assert listed == project["dependencies"] + extras["meshes"] + extras["test"]
     assert f"- python{project['requires-python']}\n" in text
 
 
@@ -117,7 +118,7 @@ def installs(calls):
 
 def test_run_first_time_makes_an_environment_and_second_time_only_runs(sandbox):
     done, calls = sandbox.run("python", "-m", "site")
-    editable = f"--editable|{sandbox.root}[test]"
+    editable = f"--editable|{sandbox.root}[meshes,test]"
     assert done.returncode == 0, done.stderr
     assert installs(calls) == ["torch==2.13.0", editable]
     assert [line[:15] for line in done.stderr.splitlines()] == ["run.sh: setting", "run.sh: ready: "]
@@ -135,7 +136,7 @@ def test_run_changed_pyproject_installs_again_without_starting_over(sandbox):
     with open(sandbox.root / "pyproject.toml", "a") as file:
         file.write("\n")
     _, calls = sandbox.run("python", "x.py")
-    assert installs(calls) == [f"--editable|{sandbox.root}[test]"]
+    assert installs(calls) == [f"--editable|{sandbox.root}[meshes,test]"]
     assert kept.exists()
 
 
@@ -195,7 +196,7 @@ def test_run_torch_build_follows_the_machine(sandbox, gpu, variables, expected):
     if not sys.platform.startswith("linux"):
         pytest.skip("other systems have one build")
     _, calls = sandbox.run("python", "x.py", VIRTUAL_ENV=sandbox.environment(), **variables)
-    assert installs(calls) == [*expected, f"--editable|{sandbox.root}[test]"]
+    assert installs(calls) == [*expected, f"--editable|{sandbox.root}[meshes,test]"]
 
 
 @pytest.mark.parametrize(("torch", "flag"), [("", False), ("1", True)])

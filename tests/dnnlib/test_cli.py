@@ -149,7 +149,7 @@ def test_option_help_shows_the_kebab_case_alone():
     ],
 )
 def test_bool_option_value_is_optional(arguments, value):
-    both = cli._group(cli.bool_option("--reload-modules", default=False), cli.option("--other"))
+    both = cli.group(cli.bool_option("--reload-modules", default=False), cli.option("--other"))
     assert run(both, *arguments)["reload_modules"] is value
 
 

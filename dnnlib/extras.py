@@ -1,0 +1,25 @@
+"""Import packages that only some uses of the project need."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class MissingExtraError(ImportError):
+    """A package of an optional extra is not installed."""
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """Import a module, or say which extra brings it.
+
+    Raises:
+        MissingExtraError: the module's package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        raise MissingExtraError(
+            f"this needs {package}, which is not installed: pip install 'spherehead[{extra}]'"
+        ) from None
