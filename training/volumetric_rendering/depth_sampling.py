@@ -39,15 +39,18 @@ def stratified_depths(
 def _auto_limits(
     ray_origins: torch.Tensor, ray_directions: torch.Tensor, config: RenderingConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Limits `[B, R, 1]` from the box; rays that miss it take those of the whole batch."""
+    """Limits `[B, R, 1]` from the box; rays that miss it take those of the whole batch.
+
+    Differs from the published code, unless `auto_range_of_misses` says so: where all rays miss, they have no length
+    (instead of running backwards).
+    """
     near, far = intersect_box(ray_origins, ray_directions, config.box_warp)
     hit = far > near
-    if hit.any():
-        far_of_misses = far if config.auto_range_of_misses == "longest" else near
-        miss_far = far_of_misses[hit].max()
-        near = torch.where(hit, near, near[hit].min())
-        far = torch.where(hit, far, miss_far)
-    return near, far
+    as_published = config.auto_range_of_misses == "nearest"
+    if not hit.any():
+        return (near, far) if as_published else (torch.zeros_like(near), torch.zeros_like(far))
+    far_of_misses = (near if as_published else far)[hit].max()
+    return torch.where(hit, near, near[hit].min()), torch.where(hit, far, far_of_misses)
 
 
 def importance_depths(depths: torch.Tensor, weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
