@@ -17,6 +17,7 @@ DecoderActivation = Literal["sigmoid", "lrelu", "none"]
 
 W_DIM = 512  # the super-resolution modules of all published systems hard-code it
 LABEL_DIM = 25
+_MAX_MAPPING_LAYERS = 64  # a damaged file may ask for any number; building them takes time, unlike wide ones
 
 
 def require(condition: bool, name: str, expected: str, came: object) -> None:
@@ -46,7 +47,8 @@ class MappingConfig:
     """Decay of the running mean of w, for truncation; None keeps no mean."""
 
     def __post_init__(self) -> None:
-        require(self.num_layers >= 1, "mapping.num_layers", "at least 1", self.num_layers)
+        valid = 1 <= self.num_layers <= _MAX_MAPPING_LAYERS
+        require(valid, "mapping.num_layers", f"1 to {_MAX_MAPPING_LAYERS}", self.num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,8 @@ class SynthesisConfig:
         require(self.channel_max >= 1, "synthesis.channel_max", "at least 1", self.channel_max)
 
     def channels(self, resolution: int) -> int:
-        """Return the number of feature channels at a resolution."""
+        """Return the number of feature channels at a resolution; `ValueError` if there are none."""
+        require(self.channel_base >= resolution, "synthesis.channel_base", f"at least {resolution}", self.channel_base)
         return min(self.channel_base // resolution, self.channel_max)
 
     def background(self) -> SynthesisConfig:
@@ -244,7 +247,11 @@ class DiscriminatorConfig:
         if self.seg_resolution is not None:
             _require_power_of_two("discriminator.seg_resolution", self.seg_resolution, 8)
         require(self.disc_c_noise >= 0, "discriminator.disc_c_noise", "0 or more", self.disc_c_noise)
+        group = self.mbstd_group_size
+        require(group is None or group >= 1, "discriminator.mbstd_group_size", "at least 1, or None", group)
 
     def channels(self, resolution: int) -> int:
-        """Return the number of feature channels at a resolution."""
-        return min(self.channel_base // resolution, self.channel_max)
+        """Return the number of feature channels at a resolution; `ValueError` if there are none."""
+        base = self.channel_base
+        require(base >= resolution, "discriminator.channel_base", f"at least {resolution}", base)
+        return min(base // resolution, self.channel_max)
