@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
@@ -186,6 +187,13 @@ class RenderingKwargs(MutableMapping):
 
     def __len__(self) -> int:
         return len(_RENDERING_KEYS) + len(self._owner.config.extras)
+
+    def copy(self) -> dict[str, Any]:
+        """Return a plain dict, as the method of a dict would."""
+        return dict(self)
+
+    def __deepcopy__(self, memo: dict) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
 
     def __repr__(self) -> str:
         return f"RenderingKwargs({dict(self)})"
