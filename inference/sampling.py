@@ -74,12 +74,20 @@ class Head:
 
     @property
     def field(self) -> RadianceField:
-        """The radiance field, computed at first use; with random layer noise, a fresh one every time."""
-        if self._field is not None and self.noise.mode != "random":
-            return self._field
-        with torch.no_grad():
-            self._field = self.generator.radiance_field(self.ws, options=self._options)
+        """The radiance field, computed at first use; with random layer noise, that of view 0."""
+        if self._field is None:
+            self._seed(view=0)
+            self._field = self._new_field()
         return self._field
+
+    def _seed(self, view: int) -> None:
+        """Start the random numbers of a view, which are those of view 0 unless layer noise is random."""
+        stream = view if self.noise.mode == "random" else 0
+        self._random.manual_seed(self.noise.seed * _RANDOM_STREAMS + stream)
+
+    @torch.no_grad()
+    def _new_field(self) -> RadianceField:
+        return self.generator.radiance_field(self.ws, options=self._options)
 
     @torch.no_grad()
     def render(
@@ -96,10 +104,10 @@ class Head:
         Returns:
             images `[1, C, H, W]` by name; see `TriPlaneGenerator.render`.
         """
-        stream = view if self.noise.mode == "random" else 0
-        self._random.manual_seed(self.noise.seed * _RANDOM_STREAMS + stream)
+        reused = None if self.noise.mode == "random" else self.field
+        self._seed(view)
         label = label.reshape(1, -1).to(self.ws.device)
-        return self.generator.render(self.field, label, neural_rendering_resolution)
+        return self.generator.render(reused or self._new_field(), label, neural_rendering_resolution)
 
 
 def make_head(
