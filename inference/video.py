@@ -66,9 +66,13 @@ class FrameShapes:
     """Shapes that accompany a video: of its first cell, one for each frame in which it changes."""
 
     folder: Path = Path()
-    """Also gets `trajectory.npy`, the camera poses `[F, 4, 4]`."""
     suffix: str = "ply"
     settings: ShapeSettings = ShapeSettings()
+
+    @property
+    def trajectory(self) -> Path:
+        """File of the camera poses `[F, 4, 4]`, which is written last."""
+        return self.folder / "trajectory.npy"
 
 
 def path_labels(generator: TriPlaneGenerator, num_frames: int, settings: VideoSettings) -> torch.Tensor:
@@ -157,5 +161,5 @@ def write_video(
                 save_shape(shapes.folder / f"{number:04d}_shape.{shapes.suffix}", last_head, shapes.settings)
     if shapes is not None:
         poses, _ = camera_utils.split_label(path_labels(generator, num_frames, settings))
-        with atomic_write(shapes.folder / "trajectory.npy") as file:
+        with atomic_write(shapes.trajectory) as file:
             np.save(file, poses.numpy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from inference.video import FrameShapes, VideoSettings, write_video
 from torch_utils import distributed
 from training.config import NoiseMode, require
 from training.triplane import TriPlaneGenerator
+
+# What numpy and zipfile raise for damaged archives; RuntimeError is for encryption and unknown compression.
+_DAMAGED_ARCHIVE = (KeyError, ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +110,16 @@ class VideoRequest:
         cells = self.settings.grid[0] * self.settings.grid[1]
         if not self.interpolate:
             require(cells == 1, "--grid", "1x1 with --interpolate false", self.settings.grid)
-            require(self.latent is None and self.output is None, "--interpolate false", "--seeds and --outdir", self)
+            require(self.latent is None, "--latent", "--seeds with --interpolate false", str(self.latent))
+            require(self.output is None, "--output", "--outdir with --interpolate false", str(self.output))
         elif self.seeds and self.num_keyframes is None:
             expected = f"a multiple of {cells}, the cells of the grid"
             require(len(self.seeds) % cells == 0, "number of seeds", expected, len(self.seeds))
+        if self.latent is not None:
+            for name, value in (("--num-keyframes", self.num_keyframes), ("--shuffle-seed", self.shuffle_seed)):
+                require(value is None, name, "nothing with --latent, which has its own keyframes", value)
+        if self.output is not None:
+            require(self.output.suffix == ".mp4", "--output", "a name that ends in .mp4", str(self.output))
 
     def videos(self) -> dict[Path, tuple[int, ...]]:
         """Return the seeds of each video by file name (none for a saved latent)."""
@@ -132,10 +142,10 @@ class VideoRequest:
         return dealt.reshape(cells, keyframes)
 
     def plan(self) -> dict[str, Any]:
-        """Return what would be done, as JSON data."""
+        """Return what would be done, as JSON data; the number of frames is None where a file determines it."""
         frames = self.settings.frames_per_keyframe
         videos = [
-            {"file": path, "seeds": seeds, "frames": frames * (self.keyframe_seeds(seeds).shape[1] if seeds else 1)}
+            {"file": path, "seeds": seeds, "frames": frames * self.keyframe_seeds(seeds).shape[1] if seeds else None}
             for path, seeds in self.videos().items()
         ]
         return {"network": self.network, "latent": self.latent, "videos": videos, "settings": self.settings}
@@ -144,16 +154,18 @@ class VideoRequest:
 def make_videos(request: VideoRequest) -> Iterator[Path]:
     """Make the videos of a request, this process's share under torchrun; yields each file when it is complete."""
     videos = distributed.shard(list(request.videos().items()))
-    refuse_overwriting([path for path, _ in videos], request.overwrite)
+    shapes = [_frame_shapes(request, *video) for video in videos]
+    outputs = [path for path, _ in videos] + [each.trajectory for each in shapes if each is not None]
+    refuse_overwriting(outputs, request.overwrite)
     if not videos:
         return
     generator = load_generator(request.network, distributed.resolve_device(request.device))
     rendering = generator.rendering_kwargs
     for key in ("depth_resolution", "depth_resolution_importance"):
         rendering[key] = int(rendering[key] * request.sample_mult)
-    for path, seeds in videos:
+    for (path, seeds), frame_shapes in zip(videos, shapes):
         keyframes = _keyframes(generator, request, seeds)
-        write_video(path, generator, keyframes, request.settings, _frame_shapes(request, path, seeds))
+        write_video(path, generator, keyframes, request.settings, frame_shapes)
         yield path
 
 
@@ -174,17 +186,29 @@ def load_latent(path: Path, generator: TriPlaneGenerator) -> torch.Tensor:
 
     Raises:
         ValueError: the file is damaged, has no such array, or it is not finite or of another shape.
+        OSError: the file cannot be opened.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            w = np.asarray(arrays["w"], np.float32)
-    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: expected an .npz file with an array 'w': {error}") from error
+    w = _read_array(path, "w")
     expected = (generator.backbone.num_ws, generator.w_dim)
-    fits = w.ndim == 3 and w.shape[1:] == expected
+    fits = w.ndim == 3 and len(w) >= 1 and w.shape[1:] == expected
     require(fits, f"{path}: w", f"shape [K, {expected[0]}, {expected[1]}] for this network", w.shape)
     require(bool(np.isfinite(w).all()), f"{path}: w", "finite numbers", "NaN or infinity")
     return torch.from_numpy(w).to(next(generator.parameters()).device)
+
+
+def _read_array(path: Path, name: str) -> np.ndarray:
+    """Read an array of real numbers from an .npz file, as float32, without unpickling anything."""
+    with open(path, "rb") as file:
+        require(zipfile.is_zipfile(file), str(path), f"an .npz file with an array {name!r}", "another kind of file")
+        file.seek(0)
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                array = arrays[name]
+        except _DAMAGED_ARCHIVE as error:
+            raise ValueError(f"{path}: expected an .npz file with an array {name!r}: {error}") from error
+    require(array.dtype.kind in "fiu", f"{path}: {name}", "an array of real numbers", str(array.dtype))
+    with np.errstate(over="ignore"):  # to infinity, which the caller refuses
+        return array.astype(np.float32)
 
 
 def _frame_shapes(request: VideoRequest, path: Path, seeds: tuple[int, ...]) -> FrameShapes | None:
