@@ -24,6 +24,11 @@ from inference.shapes import SHAPE_FORMATS, ShapeSettings, save_shape
 from torch_utils import distributed
 
 
+def _say_without_effect(ctx: click.Context, param: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        click.echo("--class has no effect, as in the published script: the networks know no classes.", err=True)
+
+
 @click.command()
 @cli.network_option()
 @cli.seeds_option()
@@ -39,6 +44,7 @@ from torch_utils import distributed
 @cli.option("--shape-format", type=cli.Suffix(SHAPE_FORMATS), default="mrc", help="ply, obj and glb carry colours.")
 @cli.option("--shape-level", type=cli.FiniteFloat(), default=ShapeSettings.level, help="Raw density of the surface.")
 @cli.noise_options()
+@cli.option("--class", "class_index", type=int, hidden=True, expose_value=False, callback=_say_without_effect)
 @cli.reload_modules_option()
 @cli.device_option()
 @cli.output_options(outdir_help="Strips go to OUTDIR/<network>_<pose-cond>; without it to samples_<network> beside it.")
@@ -70,8 +76,8 @@ def generate_samples(
     \b
     Examples:
         python gen_samples.py --network spherehead.pkl --seeds 0-3,7 --outdir out
-        python gen_samples.py --network init:debug --seeds 0 --outdir out --shapes true --shape-format glb --shape-res
-        64 torchrun --nproc-per-node 8 gen_samples.py --network spherehead.pkl --seeds 0-999 --outdir out
+        python gen_samples.py --network init:debug --seeds 0 --outdir out --shapes --shape-format glb --shape-res 64
+        torchrun --nproc-per-node 8 gen_samples.py --network spherehead.pkl --seeds 0-999 --outdir out
     """
     folder = output_folder(network, outdir, pose_cond)
     strips = {seed: folder / f"seed{seed:04d}.png" for seed in seeds}

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from dnnlib import cli, cli_video
+from inference.loading import is_untrained
 from inference.output import VIDEO_FPS
 from inference.sampling import IMAGE_MODES
 from inference.shapes import VIDEO_SHAPE_FORMATS
@@ -31,6 +32,8 @@ def generate_interpolations(dry_run: bool, **options: Any) -> None:
     if dry_run:
         cli.print_dry_run(request.plan())
         return
+    if is_untrained(request.network):
+        click.echo(f"{request.network} is untrained: expect fog, not heads.", err=True)
     for path in make_videos(request):
         click.echo(f"wrote {path}")
 
