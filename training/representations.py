@@ -118,7 +118,9 @@ def spherical_coordinates(points: torch.Tensor) -> SphericalCoordinates:
     x, y, z = points.unbind(dim=-1)
     rho_sq = x * x + y * y
     norm_sq = rho_sq + z * z
-    on_axis, at_origin = rho_sq == 0, norm_sq == 0
+    # Nearer than this (6e-15 in float32) counts as zero, because the gradients, in 1 / distance^2, would overflow.
+    negligible = torch.finfo(x.dtype).tiny ** 0.75
+    on_axis, at_origin = rho_sq < negligible, norm_sq < negligible
     # Every value is replaced before the singular function sees it: a mask afterwards would turn 0 * inf into NaN.
     one = torch.ones_like(x)
     rho = torch.where(on_axis, one, rho_sq).sqrt().masked_fill(on_axis, 0)
@@ -129,7 +131,7 @@ def spherical_coordinates(points: torch.Tensor) -> SphericalCoordinates:
     radius = 2 / math.sqrt(3) * norm - 1
 
     # rho + x cancels near the seam (x < 0); there it equals y^2 / (rho - x).
-    behind = x < 0
+    behind = (x < 0) & ~on_axis
     rho_minus_x = torch.where(behind, rho - x, one)
     rho_plus_x = torch.where(behind, y * y / rho_minus_x, rho + x)
     weight = rho * rho_plus_x / (2 * torch.where(at_origin, one, norm_sq))
