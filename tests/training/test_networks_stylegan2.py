@@ -316,7 +316,7 @@ def test_synthesis_ws_of_another_shape_raise_value_error_that_names_it(shape):
 
 def test_synthesis_clamp_bounds_the_activations():
     synthesis, bounds = network(16, conv_clamp=0.1), []
-    for name, module in synthesis.named_modules():
+    for module in synthesis.modules():
         if isinstance(module, SynthesisLayer):
             module.register_forward_hook(lambda _m, _i, out: bounds.append(out.abs().max().item()))
     synthesis(randn(1, 6, W_DIM), CONST)
