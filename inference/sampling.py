@@ -30,7 +30,6 @@ _PARSING_COLORS = (
     " 3f7f4f 4b2e1e 9b59b6 bdc3c7"
 )
 _PARSING_PALETTE = np.array([[int(c[i : i + 2], 16) for i in (0, 2, 4)] for c in _PARSING_COLORS.split()], np.uint8)
-_RANDOM_STREAMS = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,13 @@ class Noise:
     mode: NoiseMode = "const"
     """Layer noise. With 'random', which is new for every view, planes cannot be reused from view to view."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "noise seed", "at least 0", self.seed)
+
+    def stream_seed(self, stream: int) -> int:
+        """Return the seed of a stream of random numbers; mixed, because PyTorch's on the CPU uses the low 32 bits."""
+        return int(np.random.SeedSequence((self.seed, stream)).generate_state(1, np.uint64)[0])
 
 
 class Head:
@@ -82,8 +88,7 @@ class Head:
 
     def _seed(self, view: int) -> None:
         """Start the random numbers of a view, which are those of view 0 unless layer noise is random."""
-        stream = view if self.noise.mode == "random" else 0
-        self._random.manual_seed(self.noise.seed * _RANDOM_STREAMS + stream)
+        self._random.manual_seed(self.noise.stream_seed(view if self.noise.mode == "random" else 0))
 
     @torch.no_grad()
     def _new_field(self) -> RadianceField:
