@@ -8,6 +8,7 @@ import torch
 
 from dnnlib.util import open_url
 from legacy import load_network_pkl
+from torch_utils.distributed import resolve_device
 from training.config import require
 from training.presets import generator_preset
 from training.triplane import TriPlaneGenerator
@@ -27,15 +28,16 @@ def load_generator(source: str | Path, device: torch.device | str = "cpu") -> Tr
     Args:
         source: a published pickle or a converted safetensors file, as a path, an http(s) URL or `hf://org/repo/file`;
             or `init:PRESET`, an untrained generator (always the same weights).
-        device: where to put it.
+        device: where to put it; 'auto' is a GPU if there is one.
 
     Returns:
         The moving average of the generator (`G_ema`), in eval mode, not requiring gradients.
 
     Raises:
-        ValueError: the file is no snapshot, or holds no `G_ema`.
+        ValueError: the file is no snapshot, or holds no `G_ema`; or the device is not there.
         OSError: the file cannot be read.
     """
+    device = resolve_device(str(device))
     if is_untrained(source):
         config = generator_preset(str(source).removeprefix(_INIT_PREFIX))
         with torch.random.fork_rng(devices=[]):
