@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -77,7 +77,7 @@ def open_video(path: Path, fps: int = VIDEO_FPS, quality_crf: int = 18) -> Itera
             ffmpeg_log_level="error",
             output_params=parameters,
         )
-        with writer:
+        with closing(writer):  # as a context manager, it would leave the encoder running after an error
             yield _EvenFrames(writer)
 
 
