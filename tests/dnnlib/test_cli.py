@@ -117,6 +117,19 @@ def test_positive_float_excludes_zero():
         cli.POSITIVE_FLOAT.convert("0", None, None)
 
 
+@pytest.mark.parametrize(("text", "suffix"), [("glb", "glb"), (".glb", "glb"), (".PLY", "ply"), ("Mrc", "mrc")])
+def test_suffix_valid_gives_it_in_lower_case_without_the_dot(text, suffix):
+    taken = run(cli.option("--shape-format", type=cli.Suffix(["ply", "glb", "mrc"])), "--shape-format", text)
+    assert taken == {"shape_format": suffix}
+
+
+@pytest.mark.parametrize("text", ["stl", "", ".", "..ply", "ply.", "p"])
+def test_suffix_other_is_a_usage_error_that_lists_the_known(text):
+    shown = run(cli.option("--shape-format", type=cli.Suffix(["ply", "glb"])), "--shape-format", text)
+    assert "Invalid value for '--shape-format'" in shown
+    assert "'ply', 'glb'" in shown
+
+
 @pytest.mark.parametrize("flag", ["--image-mode", "--image_mode"])
 def test_option_snake_case_alias_is_accepted(flag):
     assert run(cli.option("--image-mode"), flag, "x") == {"image_mode": "x"}
@@ -155,6 +168,18 @@ def test_bool_option_value_is_optional(arguments, value):
 
 def test_bool_option_wrong_value_is_a_usage_error():
     assert "maybe" in run(cli.bool_option("--shapes", default=False), "--shapes", "maybe")
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--reload-modules",), ("--reload_modules", "True"), ("--reload_modules=1",)]
+)
+def test_reload_modules_option_true_is_accepted_and_passes_nothing(arguments):
+    assert run(cli.reload_modules_option(), *arguments) == {}
+
+
+@pytest.mark.parametrize("arguments", [("--reload-modules", "false"), ("--reload_modules=False",)])
+def test_reload_modules_option_false_is_a_usage_error_that_says_why(arguments):
+    assert "code stored in a network file is never run" in run(cli.reload_modules_option(), *arguments)
 
 
 def test_network_option_is_required_and_not_blank():
