@@ -135,6 +135,8 @@ class RenderingConfig:
     """Composite over white."""
     disparity_space_sampling: bool = False
     """Space the coarse samples evenly in 1 / depth."""
+    clamp_mode: Literal["softplus"] = "softplus"
+    """Activation of the raw density; published settings name it, and there is no other."""
     density_noise: float = 0.0
     """Standard deviation of Gaussian noise on the raw density (a training schedule)."""
     depth_clamp: Literal["ray", "batch"] = "ray"
@@ -154,12 +156,19 @@ class RenderingConfig:
             "at least 4 with importance sampling",
             self.depth_resolution,
         )
+        require(self.clamp_mode == "softplus", "rendering.clamp_mode", "'softplus'", self.clamp_mode)
+        require(self.box_warp > 0, "rendering.box_warp", "a positive side", self.box_warp)
+        require(self.density_noise >= 0, "rendering.density_noise", "0 or more", self.density_noise)
+
+    def require_range(self) -> None:
+        """Raise a `ValueError` unless `ray_start` and `ray_end` belong together.
+
+        Checked when rays are rendered, not at construction: scripts assign one after the other.
+        """
         limits = (self.ray_start, self.ray_end)
         require(limits.count("auto") != 1, "rendering.ray_start, ray_end", "both numbers or both 'auto'", limits)
         if not self.auto_range:
             require(limits[0] < limits[1], "rendering.ray_start, ray_end", "start before end", limits)
-        require(self.box_warp > 0, "rendering.box_warp", "a positive side", self.box_warp)
-        require(self.density_noise >= 0, "rendering.density_noise", "0 or more", self.density_noise)
 
     @property
     def auto_range(self) -> bool:
@@ -208,6 +217,7 @@ class GeneratorConfig:
         require(self.c_dim == LABEL_DIM, "c_dim", f"{LABEL_DIM} (pose and intrinsics)", self.c_dim)
         require(self.z_dim >= 1, "z_dim", "at least 1", self.z_dim)
         require(self.img_channels == 3, "img_channels", "3", self.img_channels)
+        require(self.parsing_classes >= 0, "parsing_classes", "0 or more", self.parsing_classes)
         resolution = self.neural_rendering_resolution
         require(resolution >= 1, "neural_rendering_resolution", "at least 1", resolution)
 

@@ -44,6 +44,10 @@ EG3D_RENDERING = {
     "triplane_depth": 1,
     "crop_margin": None,
 }
+PUBLISHED_PARSING_CLASSES = 20
+# What published constructors take where an argument is left out; training commands always name these.
+_MAPPING_DEFAULTS = {"num_layers": 8}
+_SYNTHESIS_DEFAULTS = {"conv_clamp": 256}
 _LIVE_SECTIONS = {"rendering", "conditioning"}  # what a built generator can still change
 _SUPERRESOLUTION_PREFIX = "training.superresolution."
 
@@ -63,6 +67,7 @@ def generator_config_from_kwargs(
     representation: str = "dual_spherical",
     pose_offset: bool = True,
     neural_rendering_resolution: int = 64,
+    parsing_classes: int = PUBLISHED_PARSING_CLASSES,
     **synthesis_kwargs: Any,
 ) -> GeneratorConfig:
     """Build the configuration of a generator from the published constructor arguments.
@@ -77,10 +82,11 @@ def generator_config_from_kwargs(
         mapping_kwargs: fields of `MappingConfig`.
         rendering_kwargs: the published dictionary; fields of `RenderingConfig` under their own names are accepted too.
         sr_kwargs: `channel_base` and `channel_max` are ignored, as published.
-        parsing_flag: add the semantic head of 20 classes.
+        parsing_flag: add the semantic head.
         representation: ours: a registered representation.
         pose_offset: ours: whether the generator learns a camera offset (not in EG3D).
         neural_rendering_resolution: ours, to begin with; published code sets the attribute of the generator.
+        parsing_classes: ours: classes of the semantic head, if it is there.
         **synthesis_kwargs: `channel_base`, `channel_max`, `num_fp16_res`, `conv_clamp`, `architecture`,
             `fused_modconv_default`.
 
@@ -101,9 +107,9 @@ def generator_config_from_kwargs(
         representation=representation,
         pose_offset=pose_offset,
         neural_rendering_resolution=neural_rendering_resolution,
-        parsing_classes=20 if parsing_flag else 0,
-        mapping=MappingConfig(**(mapping_kwargs or {})),
-        synthesis=SynthesisConfig(**_rename_fused(synthesis_kwargs)),
+        parsing_classes=parsing_classes if parsing_flag else 0,
+        mapping=MappingConfig(**{**_MAPPING_DEFAULTS, **(mapping_kwargs or {})}),
+        synthesis=SynthesisConfig(**{**_SYNTHESIS_DEFAULTS, **_rename_fused(synthesis_kwargs)}),
         superresolution=SuperresolutionConfig(
             num_fp16_res=sr_num_fp16_res, **superresolution, **_rename_fused(sr_kwargs)
         ),
@@ -128,12 +134,13 @@ def generator_kwargs(config: GeneratorConfig) -> dict[str, Any]:
         "img_channels": config.img_channels,
         "sr_num_fp16_res": superresolution.num_fp16_res,
         "mapping_kwargs": dataclasses.asdict(config.mapping),
-        "rendering_kwargs": {**rendering, "clamp_mode": "softplus", **config.extras},
+        "rendering_kwargs": {**rendering, **copy.deepcopy(config.extras)},
         "sr_kwargs": {
             "fused_modconv_default": superresolution.fused_modconv,
             "first_rgb_replaces_raw": superresolution.first_rgb_replaces_raw,
         },
         "parsing_flag": config.parsing_classes > 0,
+        "parsing_classes": config.parsing_classes or PUBLISHED_PARSING_CLASSES,
         "representation": config.representation,
         "pose_offset": config.pose_offset,
         "neural_rendering_resolution": config.neural_rendering_resolution,
@@ -204,7 +211,6 @@ def replace_rendering_kwargs(config: GeneratorConfig, values: Mapping[str, Any])
     extras = {key: value for key, value in values.items() if key not in _RENDERING_KEYS}
     config = dataclasses.replace(config, extras=extras)
     sections, _ = _split_rendering_kwargs({key: values[key] for key in values if key in _RENDERING_KEYS})
-    # Ray limits are checked as a pair, so fields of one section change together.
     for section, fields in sections.items():
         config = _replace_section(config, section, fields)
     return config
@@ -212,15 +218,13 @@ def replace_rendering_kwargs(config: GeneratorConfig, values: Mapping[str, Any])
 
 def _split_rendering_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Sort a published dictionary into configuration sections, and the rest."""
-    clamp_mode = kwargs.get("clamp_mode", "softplus")
-    require(clamp_mode == "softplus", "rendering_kwargs['clamp_mode']", "'softplus'", clamp_mode)
     sections: dict[str, dict[str, Any]] = {}
     extras = {}
     for key, value in kwargs.items():
         if key in _RENDERING_KEYS:
             section, name = _RENDERING_KEYS[key]
             sections.setdefault(section, {})[name] = _plain(key, value)
-        elif key != "clamp_mode":
+        else:
             extras[key] = value
     return sections, extras
 

@@ -126,6 +126,10 @@ class TriPlaneGenerator(nn.Module):
         """Build a generator with random weights."""
         return cls(**generator_kwargs(config))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over: all but the cache, which may hang on to a graph of gradients."""
+        return {**self.__dict__, "_cached_field": None}
+
     # ---- what scripts of the EG3D family use besides the methods below ----
 
     @property
@@ -331,7 +335,8 @@ class TriPlaneGenerator(nn.Module):
         options = SynthesisOptions(**option_kwargs)
         field = self._cached_field if use_cached_backbone else None
         if field is None or ws_bcg is not None or field.options != options or not _same(field.ws, ws):
-            field = self.radiance_field(ws, ws_bcg, options)
+            # What is kept has latents of its own, so that it is seen when the caller changes theirs in place.
+            field = self.radiance_field(ws.clone() if cache_backbone else ws, ws_bcg, options)
         if cache_backbone and ws_bcg is None:
             self._cached_field = field
         return self.render(field, c, neural_rendering_resolution)
