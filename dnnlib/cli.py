@@ -83,6 +83,9 @@ class FiniteFloat(click.FloatRange):
                 self.fail(f"expected a finite number, came {value!r}", param, ctx)
         return super().convert(value, param, ctx)
 
+    def _describe_range(self) -> str:
+        return super()._describe_range() if (self.min, self.max) != (None, None) else "a number"
+
 
 class FloatVector(click.ParamType):
     """Numbers such as ``0,0,0.2`` (commas or blanks between) as a tuple of float.

@@ -21,5 +21,5 @@ def import_extra(module: str, extra: str) -> ModuleType:
     except ImportError:
         package = module.split(".")[0]
         raise MissingExtraError(
-            f"this needs {package}, which is not installed: pip install 'spherehead[{extra}]'"
+            f"this needs {package}, which is not installed; in the project's folder: pip install -e '.[{extra}]'"
         ) from None

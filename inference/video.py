@@ -105,7 +105,7 @@ def render_frames(
 
     Args:
         generator: from `load_generator`.
-        keyframes: `[cells, K, L, 512]`, from `arrange_keyframes`.
+        keyframes: `[cells, K, L, 512]`, the cells row by row.
         settings: of the video.
 
     Yields:

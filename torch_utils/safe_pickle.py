@@ -62,7 +62,7 @@ _PLAIN_MODULES = (  # created without __init__, then given a state
 )
 _MODULE_DICTS = ("_parameters", "_buffers", "_modules")
 _SIGNATURES = (  # (offset, bytes there, what such a file is)
-    (0, b"PK\x03\x04", "a zip archive as torch.save writes it, not a published snapshot pickle"),
+    (0, b"PK\x03\x04", "a zip archive (as torch.save and NumPy write them), not a published snapshot pickle"),
     (0, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "a file of torch.save, not a published snapshot pickle"),
     (8, b'{"', "a safetensors file"),
     (0, b"\x89PNG", "a PNG image"),

@@ -257,7 +257,7 @@ def test_open_url_http_many_threads_without_locks_agree(server, cache, monkeypat
 
 def test_open_url_hf_not_installed_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'spherehead\[hub\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[hub\]'"):
         open_url("hf://org/repo/file.pkl")
 
 

@@ -275,7 +275,7 @@ MALFORMED = {
 
 FILE_KINDS = {
     "nothing": _corrupt(lambda p: b"", r"is empty \(0 bytes\)"),
-    "zip": _corrupt(lambda p: b"PK\x03\x04" + bytes(30), "zip archive as torch.save writes it"),
+    "zip": _corrupt(lambda p: b"PK\x03\x04" + bytes(30), "zip archive"),
     "old_torch_save": _corrupt(lambda p: fake.legacy_torch_save({}), "file of torch.save"),
     "safetensors": _corrupt(lambda p: struct.pack("<Q", 40) + b'{"w":{}}', "safetensors"),
     "png": _corrupt(lambda p: b"\x89PNG\r\n\x1a\n" + bytes(30), "PNG"),

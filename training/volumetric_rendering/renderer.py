@@ -189,6 +189,7 @@ class ImportanceRenderer(nn.Module):
             "two tensors of shape [B, R, 3]",
             (tuple(ray_origins.shape), tuple(ray_directions.shape)),
         )
+        config.require_range()
         if draws is None:
             draws = RenderDraws.draw(ray_origins, config, generator)
         return render_rays_ref(self.representation, planes, decoder, ray_origins, ray_directions, config, draws)
