@@ -280,8 +280,8 @@ class Discriminator(nn.Module):
     def assemble(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
         """Resize and stack the input images: `[B, img_channels, H, W]`."""
         require("image" in img, "discriminator input", "an entry 'image'", sorted(img))
-        side = img["image"].shape[-1]
-        require(side == self.img_resolution, "discriminator input 'image'", f"side {self.img_resolution}", side)
+        side, size = self.img_resolution, tuple(img["image"].shape[-2:])
+        require(size == (side, side), "discriminator input 'image'", f"size {(side, side)}", size)
         stacked = [self._resized(img, name, side) for name in self.variant.stacked]
         if self.variant.fades_raw:
             if self.training:
@@ -294,7 +294,7 @@ class Discriminator(nn.Module):
         image = img[name]
         if name == "image":
             return image
-        if image.shape[-1] != size:
+        if image.shape[-2:] != (size, size):
             image = filtered_resizing(image, size, fir=None)
         return image if name == "image_raw" else image * 2 - 1
 
