@@ -34,10 +34,10 @@ def generate_videos(dry_run: bool, **options: Any) -> None:
     if dry_run:
         cli.print_dry_run(request.plan())
         return
-    if is_untrained(request.network):
-        click.echo(f"{request.network} is untrained: expect fog, not heads.", err=True)
     for path in make_videos(request):
         click.echo(f"wrote {path}")
+    if is_untrained(request.network):
+        click.echo(f"{request.network} is untrained: expect fog, not heads.", err=True)
 
 
 if __name__ == "__main__":
