@@ -16,19 +16,21 @@ _OUR_ARGUMENTS = ("representation", "pose_offset")
 _OUR_RENDERING = ("depth_clamp", "auto_range_of_misses", "crop_margin")
 
 
-def write_snapshot(path: Path, system: str = "sphere", **networks: Any) -> TriPlaneGenerator:
+def write_snapshot(path: Path, system: str = "sphere", both: bool = False, **networks: Any) -> TriPlaneGenerator:
     """Write a snapshot with the tiny generator of a system ('sphere', 'pano' or 'eg3d') as `G_ema`.
 
     Args:
         path: where to.
         system: whose generator.
+        both: store it as `G` too.
         **networks: other values for entries of the snapshot, such as `G_ema=None`.
 
     Returns:
         The generator in it.
     """
     generator = tiny_generator(system)
-    snapshot = {"training_set_kwargs": None, "G": None, "D": None, "G_ema": _published(generator, system)}
+    record = _published(generator, system)
+    snapshot = {"training_set_kwargs": None, "G": record if both else None, "D": None, "G_ema": record}
     path.write_bytes(fake.dump({**snapshot, "augment_pipe": None, **networks}))
     return generator
 
