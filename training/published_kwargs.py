@@ -232,6 +232,7 @@ def _split_rendering_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, dict[s
 def _plain(key: str, value: Any) -> Any:
     """Undo what published dictionaries add to a value."""
     if key == "superresolution_module":
+        require(isinstance(value, str), f"rendering_kwargs['{key}']", "the name of a class", value)
         return value.removeprefix(_SUPERRESOLUTION_PREFIX)
     if key in ("white_back", "disparity_space_sampling", "sr_antialias"):
         return bool(value)
