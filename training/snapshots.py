@@ -31,7 +31,13 @@ def save_networks(path: str | Path, networks: Mapping[str, nn.Module], provenanc
         path: of the file, which appears complete or not at all.
         networks: generators and discriminators by name, of `NETWORK_NAMES`.
         provenance: JSON data that says where the weights come from.
+
+    Raises:
+        ValueError: for a network of another name.
     """
+    strangers = sorted(set(networks) - set(NETWORK_NAMES))
+    if strangers:
+        raise ValueError(f"save_networks: expected names of {', '.join(NETWORK_NAMES)}, got {', '.join(strangers)}")
     tensors, header = {}, {"networks": {}, "provenance": dict(provenance)}
     for name, network in networks.items():
         kind = "discriminator" if isinstance(network, Discriminator) else "generator"
@@ -58,8 +64,10 @@ def load_networks(
     """
     tensors, header = checkpoint.read_checkpoint(file, source)
     entries = header.get("networks") if isinstance(header, dict) else None
-    if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{source}: expected networks in the header, got {sorted(header)}")
+    if not isinstance(entries, dict) or not entries or not set(entries) <= set(NETWORK_NAMES):
+        came = entries if isinstance(entries, dict) else header
+        names = sorted(came) if isinstance(came, dict) else type(came).__name__
+        raise ValueError(f"{source}: expected networks ({', '.join(NETWORK_NAMES)}) in the header, got {names}")
     strangers = [name for name in tensors if name.split(".", 1)[0] not in entries]
     if strangers:
         raise ValueError(f"{source}: tensor '{strangers[0]}' belongs to no network of the header")
@@ -68,7 +76,7 @@ def load_networks(
         if only is not None and name not in only:
             continue
         where = f"{source}: {name}"
-        if not isinstance(entry, dict) or set(entry) != {"kind", "config"} or entry["kind"] not in _KINDS:
+        if not isinstance(entry, dict) or set(entry) != {"kind", "config"} or entry["kind"] not in [*_KINDS]:
             raise ValueError(f"{where}: expected a kind ({', '.join(_KINDS)}) and a config in the header")
         config_class, build = _KINDS[entry["kind"]]
         config = serialize.from_json(config_class, entry["config"], where)
