@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 NoiseMode = Literal["random", "const", "none"]
@@ -26,8 +27,13 @@ def require(condition: bool, name: str, expected: str, came: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {came!r}")
 
 
+def _require_at_least(name: str, value: float, minimum: float) -> None:
+    require(isinstance(value, Real) and value >= minimum, name, f"at least {minimum}", value)
+
+
 def _require_power_of_two(name: str, value: int, minimum: int) -> None:
-    require(value >= minimum and value & (value - 1) == 0, name, f"a power of two of at least {minimum}", value)
+    valid = isinstance(value, Integral) and value >= minimum and value & (value - 1) == 0
+    require(valid, name, f"a power of two of at least {minimum}", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,7 @@ class MappingConfig:
     """Decay of the running mean of w, for truncation; None keeps no mean."""
 
     def __post_init__(self) -> None:
-        valid = 1 <= self.num_layers <= _MAX_MAPPING_LAYERS
+        valid = isinstance(self.num_layers, Integral) and 1 <= self.num_layers <= _MAX_MAPPING_LAYERS
         require(valid, "mapping.num_layers", f"1 to {_MAX_MAPPING_LAYERS}", self.num_layers)
 
 
@@ -67,8 +73,8 @@ class SynthesisConfig:
     """Whether styles are multiplied into per-sample weights rather than into activations."""
 
     def __post_init__(self) -> None:
-        require(self.channel_base >= 1, "synthesis.channel_base", "at least 1", self.channel_base)
-        require(self.channel_max >= 1, "synthesis.channel_max", "at least 1", self.channel_max)
+        _require_at_least("synthesis.channel_base", self.channel_base, 1)
+        _require_at_least("synthesis.channel_max", self.channel_max, 1)
 
     def channels(self, resolution: int) -> int:
         """Return the number of feature channels at a resolution; `ValueError` if there are none."""
@@ -147,18 +153,18 @@ class RenderingConfig:
     largest near limit."""
 
     def __post_init__(self) -> None:
-        require(self.depth_resolution >= 2, "rendering.depth_resolution", "at least 2", self.depth_resolution)
-        fine = self.depth_resolution_importance
-        require(fine >= 0, "rendering.depth_resolution_importance", "0 or more", fine)
+        _require_at_least("rendering.depth_resolution", self.depth_resolution, 2)
+        _require_at_least("rendering.depth_resolution_importance", self.depth_resolution_importance, 0)
         require(
-            fine == 0 or self.depth_resolution >= 4,
+            self.depth_resolution_importance == 0 or self.depth_resolution >= 4,
             "rendering.depth_resolution",
             "at least 4 with importance sampling",
             self.depth_resolution,
         )
         require(self.clamp_mode == "softplus", "rendering.clamp_mode", "'softplus'", self.clamp_mode)
-        require(self.box_warp > 0, "rendering.box_warp", "a positive side", self.box_warp)
-        require(self.density_noise >= 0, "rendering.density_noise", "0 or more", self.density_noise)
+        positive = isinstance(self.box_warp, Real) and self.box_warp > 0
+        require(positive, "rendering.box_warp", "a positive side", self.box_warp)
+        _require_at_least("rendering.density_noise", self.density_noise, 0)
 
     def require_range(self) -> None:
         """Raise a `ValueError` unless `ray_start` and `ray_end` belong together.
@@ -166,9 +172,10 @@ class RenderingConfig:
         Checked when rays are rendered, not at construction: scripts assign one after the other.
         """
         limits = (self.ray_start, self.ray_end)
-        require(limits.count("auto") != 1, "rendering.ray_start, ray_end", "both numbers or both 'auto'", limits)
-        if not self.auto_range:
-            require(limits[0] < limits[1], "rendering.ray_start, ray_end", "start before end", limits)
+        numbers = all(isinstance(limit, Real) for limit in limits)
+        valid = numbers or limits == ("auto", "auto")
+        require(valid, "rendering.ray_start, ray_end", "both numbers or both 'auto'", limits)
+        require(not numbers or limits[0] < limits[1], "rendering.ray_start, ray_end", "start before end", limits)
 
     @property
     def auto_range(self) -> bool:
@@ -215,11 +222,10 @@ class GeneratorConfig:
         _require_power_of_two("plane_resolution", self.plane_resolution, 4)
         require(self.w_dim == W_DIM, "w_dim", f"{W_DIM} (super-resolution needs it)", self.w_dim)
         require(self.c_dim == LABEL_DIM, "c_dim", f"{LABEL_DIM} (pose and intrinsics)", self.c_dim)
-        require(self.z_dim >= 1, "z_dim", "at least 1", self.z_dim)
+        _require_at_least("z_dim", self.z_dim, 1)
         require(self.img_channels == 3, "img_channels", "3", self.img_channels)
-        require(self.parsing_classes >= 0, "parsing_classes", "0 or more", self.parsing_classes)
-        resolution = self.neural_rendering_resolution
-        require(resolution >= 1, "neural_rendering_resolution", "at least 1", resolution)
+        _require_at_least("parsing_classes", self.parsing_classes, 0)
+        _require_at_least("neural_rendering_resolution", self.neural_rendering_resolution, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,9 +262,9 @@ class DiscriminatorConfig:
         _require_power_of_two("discriminator.img_resolution", self.img_resolution, 8)
         if self.seg_resolution is not None:
             _require_power_of_two("discriminator.seg_resolution", self.seg_resolution, 8)
-        require(self.disc_c_noise >= 0, "discriminator.disc_c_noise", "0 or more", self.disc_c_noise)
-        group = self.mbstd_group_size
-        require(group is None or group >= 1, "discriminator.mbstd_group_size", "at least 1, or None", group)
+        _require_at_least("discriminator.disc_c_noise", self.disc_c_noise, 0)
+        if self.mbstd_group_size is not None:
+            _require_at_least("discriminator.mbstd_group_size", self.mbstd_group_size, 1)
 
     def channels(self, resolution: int) -> int:
         """Return the number of feature channels at a resolution; `ValueError` if there are none."""
