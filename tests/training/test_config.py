@@ -45,6 +45,11 @@ def test_require_names_field_expectation_and_value():
         (RenderingConfig, {"clamp_mode": "relu"}, r"rendering\.clamp_mode: expected 'softplus', got 'relu'"),
         (RenderingConfig, {"box_warp": 0.0}, r"rendering\.box_warp: .*got 0"),
         (RenderingConfig, {"density_noise": -0.1}, r"rendering\.density_noise: .*got -0\.1"),
+        (RenderingConfig, {"box_warp": "large"}, r"rendering\.box_warp: .*got 'large'"),
+        (RenderingConfig, {"depth_resolution": [48]}, r"rendering\.depth_resolution: .*got \[48\]"),
+        (generator, {"img_resolution": 128.0}, r"img_resolution: .*got 128\.0"),
+        (generator, {"z_dim": "64"}, r"z_dim: .*got '64'"),
+        (generator, {"neural_rendering_resolution": None}, r"neural_rendering_resolution: .*got None"),
         (generator, {"img_resolution": 100}, r"img_resolution: expected a power of two.*got 100"),
         (generator, {"img_resolution": 0}, r"img_resolution: .*got 0"),
         (generator, {"plane_resolution": 48}, r"plane_resolution: expected a power of two.*got 48"),
@@ -83,6 +88,7 @@ def test_rendering_config_extremes_that_work_are_accepted(fields):
         ({"ray_start": "auto"}, "both numbers or both 'auto'"),
         ({"ray_end": "auto"}, "both numbers or both 'auto'"),
         ({"ray_start": 3.3}, "start before end"),
+        ({"ray_start": "near", "ray_end": "far"}, "both numbers or both 'auto'"),
     ],
 )
 def test_rendering_config_limits_that_do_not_belong_together_are_refused_on_use(fields, message):
