@@ -19,7 +19,6 @@ SNAPSHOTS = [
     "panohead_128",
     "eg3d_128",
     pytest.param("spherehead_parsing_256", marks=pytest.mark.slow),
-    pytest.param("spherehead_512", marks=pytest.mark.slow),
 ]
 
 

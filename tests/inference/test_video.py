@@ -159,7 +159,7 @@ def test_render_frames_a_head_that_does_not_change_keeps_its_planes(generator, w
 
 
 def test_render_frames_are_rendered_when_they_are_asked_for_and_not_kept(generator, ws, rendered):
-    frames = render_frames(generator, ws[None, :2], VideoSettings(frames_per_keyframe=10**6))
+    frames = render_frames(generator, ws[None, :2], VideoSettings(frames_per_keyframe=10**4))
     assert not rendered
     earlier = []
     for _ in range(3):
