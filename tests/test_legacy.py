@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import random
@@ -23,6 +24,7 @@ from tests.helpers.published import (
     tiny_generator,
     tiny_generator_kwargs,
 )
+from tests.helpers.threads import one_thread  # noqa: F401 (a fixture for every test)
 from tests.inference import published_pickle
 from tests.torch_utils import fake_snapshot as fake
 from training.config import DiscriminatorConfig
@@ -36,9 +38,13 @@ SYSTEMS = ("sphere", "pano", "eg3d")
 GOLDEN = ("spherehead_128", "spherehead_parsing_256", "spherehead_512", "panohead_128", "eg3d_128")
 
 
+cached_generator = functools.cache(tiny_generator)
+"""Tiny generators, which tests must not change: filling their weights takes longer than pickling them."""
+
+
 def generator_record(system: str = "sphere") -> nn.Module:
-    """Return what a published snapshot pickles for the tiny generator of a system."""
-    return published_pickle._published(tiny_generator(system), system)
+    """Return what a published snapshot pickles for the tiny generator of a system; its own to change."""
+    return published_pickle._published(cached_generator(system), system)
 
 
 def discriminator_record(discriminator: Discriminator, **kwargs: Any) -> nn.Module:
@@ -96,7 +102,7 @@ def test_load_network_pkl_generator_has_the_settings_of_the_file(loaded):
 def test_load_network_pkl_generator_renders_as_the_one_that_was_saved(loaded):
     system, networks = loaded
     z, c, images = fixture_latents(), fixture_cameras(), []
-    original = tiny_generator(system)
+    original = cached_generator(system)
     for (name, ours), theirs in zip(networks["G_ema"].state_dict().items(), original.state_dict().values()):
         assert ours.equal(theirs), name
     for generator in (networks["G_ema"], original):
@@ -176,7 +182,7 @@ def test_load_network_pkl_reads_from_where_the_file_stands():
 
 
 def test_load_network_pkl_reads_what_save_networks_wrote(tmp_path: Path):
-    generator = tiny_generator("pano")
+    generator = cached_generator("pano")
     save_networks(tmp_path / "a.safetensors", {"G_ema": generator}, {})
     with open(tmp_path / "a.safetensors", "rb") as file:
         networks = load_network_pkl(file)

@@ -59,13 +59,28 @@ def test_superresolution_has_the_published_shapes_and_parameters(variant):
     assert state["block0.torgb.weight"] == (3, wide, 1, 1) and state["block0.torgb.affine.weight"] == (wide, 512)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_superresolution_output_has_its_size(variant):
+@pytest.mark.parametrize("resolution", [8, 64, 128])
+def test_superresolution_output_has_its_size(variant, resolution):
     input_size, size, _, up, *_ = PUBLISHED[variant]
-    image, first_rgb = build(variant)(*inputs(input_size if up == 2 else 8), SILENT)
-    assert image.shape == (1, 3, size, size) and image.isfinite().all()
-    assert first_rgb is None  # either the first block enlarges, or the input was resized
+    with torch.device("meta"):  # shapes alone; the numbers of full sizes are a matter of the parity tests
+        module = Superresolution(size, SuperresolutionConfig(variant=variant))
+        ws = torch.empty(2, 4, 512)
+        rgb, features = torch.empty(2, 3, resolution, resolution), torch.empty(2, 32, resolution, resolution)
+        image, first_rgb = module(rgb, features, ws, SILENT)
+    assert image.shape == (2, 3, size, size)
+    # There is a first image only where neither a resize nor the first block comes between.
+    assert (first_rgb is None) == (resolution != input_size or up == 2)
+
+
+@torch.no_grad()
+def test_superresolution_of_256_pixels_equals_its_blocks():
+    module = build("SuperresolutionHybrid4X")
+    rgb, features, ws = inputs(16)
+    image, first_rgb = module(rgb, features, ws, SILENT)
+    ws = ws[:, -1:].expand(-1, 3, -1)
+    x, expected = module.block0(resize_bilinear(features, 128), resize_bilinear(rgb, 128), ws, SILENT)
+    assert first_rgb is None and image.equal(module.block1(x, expected, ws, SILENT)[1])
 
 
 @torch.no_grad()

@@ -1,0 +1,3 @@
+"""Fixtures of this folder."""
+
+from tests.helpers.threads import one_thread  # noqa: F401 (a fixture for every test)
