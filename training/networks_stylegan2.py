@@ -78,24 +78,30 @@ def modulated_conv2d(
 
     scale = None
     if demodulate:
-        energy = styles.square() @ weight.square().sum(dim=(2, 3)).T  # [B, O]
+        # A matrix product, because sums over the few elements of each kernel are slow.
+        energy = styles.square().repeat_interleave(kernel_size**2, dim=1) @ weight.square().flatten(1).T  # [B, O]
         scale = (energy + _NORM_EPS).rsqrt()
 
     padding = kernel_size // 2
-    if not fused:
+    if fused and (batch == 1 or x.device.type != "cpu"):  # on a CPU, grouped convolutions are slower than scaling
+        scales = styles[:, None] if scale is None else scale[:, :, None] * styles[:, None]  # [B, O or 1, I]
+        weights = weight * scales[..., None, None]  # [B, O, I, k, k]
+        if batch > 1:
+            x = x.reshape(1, batch * in_channels, *x.shape[2:])
+        x = conv2d_resample(x, weights.flatten(0, 1).to(x.dtype), fir, up=up, padding=padding, groups=batch)
+        if batch > 1:
+            x = x.reshape(batch, -1, *x.shape[2:])
+    else:
         x = x * styles.to(x.dtype)[:, :, None, None]
         x = conv2d_resample(x, weight.to(x.dtype), fir, up=up, padding=padding)
         if scale is not None:
             x = x * scale.to(x.dtype)[:, :, None, None]
-        return x if noise is None else x + noise.to(x.dtype)
+    return x if noise is None else _add(x, noise.to(x.dtype))
 
-    weights = weight * styles[:, None, :, None, None]  # [B, O, I, k, k]
-    if scale is not None:
-        weights = weights * scale[:, :, None, None, None]
-    x = x.reshape(1, batch * in_channels, *x.shape[2:])
-    x = conv2d_resample(x, weights.flatten(0, 1).to(x.dtype), fir, up=up, padding=padding, groups=batch)
-    x = x.reshape(batch, -1, *x.shape[2:])
-    return x if noise is None else x + noise.to(x.dtype)
+
+def _add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return `x + y`; overwrites `x`, which the caller must own, unless gradients are recorded."""
+    return x + y if torch.is_grad_enabled() else x.add_(y)
 
 
 class FullyConnectedLayer(nn.Module):
@@ -417,7 +423,7 @@ class SynthesisBlock(nn.Module):
             img = upsample2d(img, self.resample_filter)
         if self.torgb is not None:
             rgb = self.torgb(x, next(ws_iter), fused, output_projection).to(parameter_dtype)
-            img = rgb if img is None else img + rgb
+            img = rgb if img is None else _add(rgb, img)
         return x, img
 
     def _is_fused(self, options: SynthesisOptions) -> bool:

@@ -54,6 +54,10 @@ def upfirdn2d(
     """
     x0, x1, y0, y1 = (padding,) * 4 if isinstance(padding, int) else padding
     batch, channels, height, width = x.shape
+    if up > 1 and fir is not None and fir.ndim == 2 and x.device.type == "cpu":
+        crop = (fir.shape[1] - 1 - x0, fir.shape[1] - up - x1, fir.shape[0] - 1 - y0, fir.shape[0] - up - y1)
+        if min(crop) >= 0:
+            return _convolve_upsampled(x, fir * gain, up, crop)[:, :, ::down, ::down]
     if up > 1:
         x = x.reshape(batch, channels, height, 1, width, 1)
         x = F.pad(x, (0, up - 1, 0, 0, 0, up - 1))
@@ -74,6 +78,17 @@ def upfirdn2d(
     weight = (fir * gain**0.5).flip(0).to(x.dtype)[None, None].expand(channels, 1, -1)
     x = F.conv2d(x, weight.unsqueeze(2), stride=(1, down), padding=(0, x0), groups=channels)
     return F.conv2d(x, weight.unsqueeze(3), stride=(down, 1), padding=(y0, 0), groups=channels)
+
+
+def _convolve_upsampled(x: torch.Tensor, fir: torch.Tensor, up: int, crop: tuple[int, int, int, int]) -> torch.Tensor:
+    """Convolve the zero-stuffed image with `fir` and crop `(left, right, top, bottom)`, several times faster on a CPU.
+
+    A transposed convolution does not multiply by the zeros.
+    """
+    left, right, top, bottom = crop
+    weight = fir.to(x.dtype)[None, None].expand(x.shape[1], 1, -1, -1)
+    x = F.conv_transpose2d(x, weight, stride=up, groups=x.shape[1])
+    return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
 
 
 def filter2d(x: torch.Tensor, fir: torch.Tensor, padding: int = 0, gain: float = 1.0) -> torch.Tensor:
