@@ -64,7 +64,7 @@ def open_video(path: Path, fps: int = VIDEO_FPS, quality_crf: int = 18) -> Itera
         quality_crf: constant rate factor of x264; smaller is better, 18 is visually lossless.
     """
     require(path.suffix == ".mp4", "video", "a name that ends in .mp4", str(path))
-    # bitexact: no encoder version or time in the file, so that the same frames make the same bytes.
+    # bitexact: no time and no version of FFmpeg in the file, so that the same frames make the same bytes.
     parameters = ["-crf", str(quality_crf), "-fflags", "+bitexact", "-flags:v", "+bitexact", "-threads", "2"]
     with atomic_path(path) as temporary:
         writer = imageio.get_writer(
