@@ -161,6 +161,11 @@ class TriPlaneGenerator(nn.Module):
         self.config = dataclasses.replace(self.config, neural_rendering_resolution=int(value))
 
     @property
+    def projections(self) -> list[nn.Sequential]:
+        """The bias-free layers between backbone and planes; empty for representations without."""
+        return [getattr(self, name) for name in self._projection_names]
+
+    @property
     def parsing_flag(self) -> bool:
         """Whether the generator has a semantic head."""
         return self.toparsing is not None
@@ -222,7 +227,7 @@ class TriPlaneGenerator(nn.Module):
 
     def _plane_image(self, ws: torch.Tensor, options: SynthesisOptions) -> torch.Tensor:
         """Backbone and plane projections: `[B, plane_channels, H, W]`."""
-        projections = [getattr(self, name) for name in self._projection_names]
+        projections = self.projections
         if not projections:
             return self.backbone.synthesis(ws, options)
         if self.fold_projections and self.config.synthesis.conv_clamp is None:
