@@ -10,6 +10,7 @@ from training.volumetric_rendering.math_utils import intersect_box
 
 _WEIGHT_FLOOR = 0.01  # keeps some samples in regions that the coarse pass saw as empty
 _PDF_EPS = 1e-5
+_MIN_RELATIVE_DISPARITY = 0.1  # few samples over a wide range: jitter would carry the last one through infinity
 
 
 def stratified_depths(
@@ -32,7 +33,8 @@ def stratified_depths(
         near, far = _auto_limits(ray_origins, ray_directions, config)
         return near + (far - near) * fractions
     if config.disparity_space_sampling:
-        return 1 / ((1 - fractions) / config.ray_start + fractions / config.ray_end)
+        disparity = (1 - fractions) / config.ray_start + fractions / config.ray_end
+        return 1 / disparity.clamp(min=_MIN_RELATIVE_DISPARITY / config.ray_end)
     return config.ray_start + (config.ray_end - config.ray_start) * fractions
 
 
