@@ -292,6 +292,20 @@ def test_background_is_seen_where_the_volume_is_not(generator, ws):
 
 
 @torch.no_grad()
+def test_background_is_composited_behind_the_volume():
+    with_background, without = (tiny_network(raw_torgb=False, background=both) for both in (True, False))
+    ws = with_background.mapping(latents(), labels())
+    out, front = (render(generator, ws, labels()) for generator in (with_background, without))
+    field = with_background.radiance_field(ws, options=SynthesisOptions(**CONST))
+    behind = torch.nn.functional.interpolate(
+        field.background[:, :3], size=(8, 8), mode="bilinear", align_corners=False, antialias=True
+    )
+    opacity = (out["image_mask"] + 0.001) / 1.002
+    assert 0.05 < opacity.mean() < 0.95  # something of both is seen
+    torch.testing.assert_close(out["image_raw"], front["image_raw"] + (1 - opacity) * behind, **REORDERED)
+
+
+@torch.no_grad()
 def test_first_rgb_replaces_raw_only_where_asked_and_without_resizing():
     replacing = SuperresolutionConfig(variant="SuperresolutionHybrid2X", first_rgb_replaces_raw=True)
     plain, other = tiny_network(), tiny_network(superresolution=replacing)

@@ -49,6 +49,14 @@ def test_stratified_depths_jitter_goes_from_the_sample_to_the_next_one():
     assert highest[0, 0].tolist() == [1.5, 2, 2.5, 3, 3.5]  # one-sided: the last may lie behind the end
 
 
+def test_stratified_depths_disparity_over_a_wide_range_stays_in_front_of_the_camera():
+    wide = config(5, ray_start=0.1, ray_end=2.5, disparity_space_sampling=True)
+    rays, jitter = torch.zeros(1, 2, 3).double(), torch.stack([torch.zeros(5), torch.full((5,), 0.999)])[None].double()
+    ours = stratified_depths(rays, rays, jitter, wide)
+    assert (ours.diff(dim=-1) > 0).all() and ours.min() > 0
+    assert ours[0, 1, -1].item() == pytest.approx(25)  # at most ten times the end
+
+
 def test_stratified_depths_auto_limits_equal_loops():
     origins = torch.tensor([[[0.3, 0.2, 2.0], [0.0, -0.1, -3.0], [1.5, 1.5, 1.6]]], dtype=torch.float64)
     directions = torch.nn.functional.normalize(torch.tensor([0.1, 0.05, 0.0]).double() - origins, dim=-1)
