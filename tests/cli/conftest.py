@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from inference.loading import load_generator
+from tests.helpers.threads import one_thread  # noqa: F401 (a fixture for every test)
 from tests.inference.published_pickle import write_snapshot
 from training.snapshots import save_networks
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: networks this small gain nothing from more, and lose much on busy cores."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inference.output import VIDEO_FPS, open_video, output_folder, refuse_overwriting, save_png
+from inference.output import VIDEO_FPS, open_video, output_folder, prepare_outputs, save_png
 
 
 def smooth_frames(num_frames: int, height: int, width: int) -> list[np.ndarray]:
@@ -47,14 +47,14 @@ def test_output_folder_names_the_conditioning_pose(pose_cond, name):
     assert output_folder("a.pkl", Path("out"), pose_cond) == Path("out") / name
 
 
-def test_refuse_overwriting_names_the_first_and_counts_the_others(tmp_path):
+def test_prepare_outputs_names_the_first_and_counts_the_others(tmp_path):
     paths = [tmp_path / name for name in ("a", "b", "c")]
-    refuse_overwriting(paths, overwrite=False)
+    prepare_outputs(paths, overwrite=False)
     for path in paths[1:]:
         path.touch()
-    refuse_overwriting(paths, overwrite=True)
+    prepare_outputs(paths, overwrite=True)
     with pytest.raises(FileExistsError, match=r"b \(and 1 more\) is there already; give --overwrite"):
-        refuse_overwriting(paths, overwrite=False)
+        prepare_outputs(paths, overwrite=False)
 
 
 def test_save_png_is_lossless_and_makes_folders(tmp_path):
