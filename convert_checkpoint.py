@@ -8,7 +8,7 @@ import click
 
 from dnnlib import cli
 from dnnlib.util import file_sha256, open_url, source_name
-from inference.output import refuse_overwriting
+from inference.output import prepare_outputs
 from legacy import load_network_pkl
 from training.snapshots import NETWORK_NAMES, save_networks
 
@@ -36,7 +36,7 @@ def convert(source: str, destination: Path, networks: tuple[str, ...], overwrite
     """
     if destination.suffix != ".safetensors":
         raise click.BadParameter(f"expected a name that ends in .safetensors, got {destination}")
-    refuse_overwriting([destination], overwrite)
+    prepare_outputs([destination], overwrite)
     with open_url(source) as file:
         sha256 = file_sha256(file)
         file.seek(0)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from dnnlib import cli
 from inference.loading import is_untrained, load_generator
-from inference.output import output_folder, refuse_overwriting, save_png
+from inference.output import output_folder, prepare_outputs, save_png
 from inference.sampling import (
     DEFAULT_FOV_DEG,
     FRONT_DEG,
@@ -89,8 +89,8 @@ def generate_samples(
         plan = {"network": network, "files": [*strips.values(), *shape_files.values()], "image_mode": image_mode}
         cli.print_dry_run({**plan, "truncation": truncation, "noise": noise, "fov_deg": fov_deg, "device": device})
         return
-    own_seeds = distributed.shard(seeds)
-    refuse_overwriting([files[seed] for files in (strips, shape_files) if files for seed in own_seeds], overwrite)
+    own_seeds = distributed.shard(list(strips))
+    prepare_outputs([files[seed] for files in (strips, shape_files) if files for seed in own_seeds], overwrite)
 
     generator = load_generator(network, distributed.resolve_device(device))
     if is_untrained(network):

@@ -10,13 +10,13 @@ from dnnlib import cli, cli_video
 from inference.loading import is_untrained
 from inference.output import VIDEO_FPS
 from inference.sampling import IMAGE_MODES
-from inference.shapes import VIDEO_SHAPE_FORMATS
+from inference.shapes import VIDEO_SHAPE_FORMATS, ShapeSettings
 from inference.video import CAMERA_PATHS
 from inference.video_request import VideoRequest, make_videos
 
 
 @click.command()
-@cli_video.video_options(CAMERA_PATHS, IMAGE_MODES, VIDEO_SHAPE_FORMATS, VIDEO_FPS)
+@cli_video.video_options(CAMERA_PATHS, IMAGE_MODES, VIDEO_SHAPE_FORMATS, ShapeSettings.level, VIDEO_FPS)
 @cli.cli_errors()
 def generate_videos(dry_run: bool, **options: Any) -> None:
     """Generate a video in which the camera moves and, with several keyframes, one head turns into the next.

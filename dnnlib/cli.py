@@ -12,6 +12,8 @@ import json
 import math
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -346,6 +348,9 @@ def cli_errors() -> Iterator[None]:
     Raises:
         click.ClickException: with the message on one line, chained to the original.
     """
+    if threading.current_thread() is threading.main_thread():
+        # How torchrun and batch systems stop a process: clean up as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except BrokenPipeError:  # click ends quietly where the reader of a pipe is gone

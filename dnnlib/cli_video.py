@@ -13,7 +13,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def video_options(
-    camera_paths: Sequence[str], image_modes: Sequence[str], shape_formats: Sequence[str], fps: int
+    camera_paths: Sequence[str], image_modes: Sequence[str], shape_formats: Sequence[str], shape_level: float, fps: int
 ) -> cli.Decorator:
     """Add the options of `inference.video_request.VideoRequest.from_options`, and ``--dry-run``.
 
@@ -21,6 +21,7 @@ def video_options(
         camera_paths: choices of ``--cfg``; the first is the default.
         image_modes: choices of ``--image-mode``; the first is the default.
         shape_formats: choices of ``--shape-format``; the first is the default.
+        shape_level: default of ``--shape-level``.
         fps: default of ``--fps``.
     """
     return cli.group(
@@ -45,11 +46,16 @@ def video_options(
         cli.option("--fov-deg", type=cli.POSITIVE_FLOAT, help="Diagonal field of view, degrees.  [default: by --cfg]"),
         cli.option("--nrr", type=cli.POSITIVE_INT, help="Neural rendering resolution; the network's own if not given."),
         cli.option("--sample-mult", type=cli.POSITIVE_FLOAT, default=1.0, help="Factor on the samples per ray."),
-        cli.bool_option("--shapes", default=False, help="Also write a shape for each frame in which it changes."),
+        cli.bool_option(
+            "--shapes",
+            default=False,
+            help="Also write shapes of the first cell, as it changes.",
+        ),
         cli.option("--shape-res", type=click.IntRange(min=8), default=512, help="Voxels per side."),
         cli.option(
             "--shape-format", type=cli.Suffix(shape_formats), default=shape_formats[0], help="Kind of shape file."
         ),
+        cli.option("--shape-level", type=cli.FiniteFloat(), default=shape_level, help="Raw density of the surface."),
         cli.option("--fps", type=cli.POSITIVE_INT, default=fps, help="Frames per second."),
         cli.noise_options(),
         cli.reload_modules_option(),

@@ -28,7 +28,7 @@ def load_generator(source: str | Path, device: torch.device | str = "cpu") -> Tr
     Args:
         source: a published pickle or a converted safetensors file, as a path, an http(s) URL or `hf://org/repo/file`;
             or `init:PRESET`, an untrained generator (always the same weights).
-        device: where to put it; 'auto' is a GPU if there is one.
+        device: where to put it; 'auto' is a GPU if there is one. For a GPU, cuDNN is told to be deterministic.
 
     Returns:
         The moving average of the generator (`G_ema`), in eval mode, not requiring gradients.
@@ -38,6 +38,9 @@ def load_generator(source: str | Path, device: torch.device | str = "cpu") -> Tr
         OSError: the file cannot be read.
     """
     device = resolve_device(str(device))
+    if device.type == "cuda":
+        # The same command is to make the same picture: no algorithms that are chosen by timing, or that race.
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     if is_untrained(source):
         config = generator_preset(str(source).removeprefix(_INIT_PREFIX))
         with torch.random.fork_rng(devices=[]):

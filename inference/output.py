@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import imageio
+import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
@@ -33,12 +35,22 @@ def output_folder(network: str, outdir: Path | None, pose_cond_deg: float) -> Pa
     return parent / f"samples_{name}"
 
 
-def refuse_overwriting(paths: Iterable[Path], overwrite: bool) -> None:
-    """Raise a `FileExistsError` if a file is there that would be replaced without permission."""
+def prepare_outputs(paths: Iterable[Path], overwrite: bool) -> None:
+    """Make the folders of files that are to be written, before anything is computed.
+
+    Raises:
+        FileExistsError: a file is there that would be replaced without permission.
+        OSError: a folder cannot be made or written to.
+    """
+    paths = list(paths)
     existing = [] if overwrite else [path for path in paths if path.exists()]
     if existing:
         more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
         raise FileExistsError(f"{existing[0]}{more} is there already; give --overwrite to replace it")
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder}: expected a folder to write to, but it is read-only")
 
 
 def save_png(path: Path, image: np.ndarray) -> None:
@@ -77,17 +89,32 @@ def open_video(path: Path, fps: int = VIDEO_FPS, quality_crf: int = 18) -> Itera
             ffmpeg_log_level="error",
             output_params=parameters,
         )
+        frames = _EvenFrames(writer)
         with closing(writer):  # as a context manager, it would leave the encoder running after an error
-            yield _EvenFrames(writer)
+            yield frames
+        _require_complete(temporary, path, frames.count)
+
+
+def _require_complete(video: Path, shown: Path, num_frames: int) -> None:
+    """Raise an `OSError` unless a video has all its frames; imageio does not report that its encoder failed."""
+    try:
+        encoded, _ = imageio_ffmpeg.count_frames_and_secs(str(video))
+    except (RuntimeError, OSError):
+        encoded = 0
+    if encoded != num_frames:
+        raise OSError(
+            f"{shown}: expected {num_frames} encoded frames, got {encoded}; is the disk full, or ffmpeg broken?"
+        )
 
 
 class _EvenFrames:
     """Repeat the last row or column of frames with odd sides, which the usual 4:2:0 colour format cannot hold."""
 
     def __init__(self, writer: FrameWriter) -> None:
-        self._writer = writer
+        self._writer, self.count = writer, 0
 
     def append_data(self, frame: np.ndarray) -> None:
+        self.count += 1
         height, width = frame.shape[:2]
         if height % 2 or width % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

@@ -108,11 +108,15 @@ class Head:
 
         Returns:
             images `[1, C, H, W]` by name; see `TriPlaneGenerator.render`.
+
+        Raises:
+            ValueError: the label is not that of a camera; see `camera_utils.check_label`.
         """
+        label = label.reshape(1, -1)
+        camera_utils.check_label(label)
         reused = None if self.noise.mode == "random" else self.field
         self._seed(view)
-        label = label.reshape(1, -1).to(self.ws.device)
-        return self.generator.render(reused or self._new_field(), label, neural_rendering_resolution)
+        return self.generator.render(reused or self._new_field(), label.to(self.ws.device), neural_rendering_resolution)
 
 
 def make_head(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def write_video(
         progress: show a bar.
     """
     num_frames = keyframes.shape[1] * settings.frames_per_keyframe
-    last_head = None
+    last_head, shape_settings = None, shapes.settings if shapes else None
     with open_video(path, settings.fps) as video:
         frames = render_frames(generator, keyframes, settings)
         for number, (frame, heads) in enumerate(
@@ -158,7 +159,11 @@ def write_video(
             video.append_data(frame)
             if shapes is not None and heads[0] is not last_head:
                 last_head = heads[0]
-                save_shape(shapes.folder / f"{number:04d}_shape.{shapes.suffix}", last_head, shapes.settings)
+                shape_file = shapes.folder / f"{number:04d}_shape.{shapes.suffix}"
+                level = save_shape(shape_file, last_head, shape_settings)
+                if level not in (None, shape_settings.level):
+                    tqdm.write(f"{shape_file.name}: no surface at density {shape_settings.level:g}; took {level:.4g}")
+                    shape_settings = dataclasses.replace(shape_settings, level=level)  # for all that follow
     if shapes is not None:
         poses, _ = camera_utils.split_label(path_labels(generator, num_frames, settings))
         with atomic_write(shapes.trajectory) as file:

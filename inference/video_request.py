@@ -15,7 +15,7 @@ import torch
 
 from dnnlib.util import source_name
 from inference.loading import load_generator
-from inference.output import output_folder, refuse_overwriting
+from inference.output import output_folder, prepare_outputs
 from inference.sampling import ImageMode, Noise, Truncation, seed_ws
 from inference.shapes import ShapeSettings
 from inference.video import FrameShapes, VideoSettings, write_video
@@ -73,6 +73,7 @@ class VideoRequest:
         shapes: bool,
         shape_res: int,
         shape_format: str,
+        shape_level: float,
         turns: float = 1.0,
         fixed_camera: bool = False,
         **same_name: Any,
@@ -92,9 +93,8 @@ class VideoRequest:
         )
         # Published: a cutoff of 0 truncates nothing.
         psi = truncation_psi if truncation_cutoff > 0 else 1.0
-        frame_shapes = (
-            FrameShapes(suffix=shape_format, settings=ShapeSettings(resolution=shape_res)) if shapes else None
-        )
+        shape_settings = ShapeSettings(resolution=shape_res, level=shape_level)
+        frame_shapes = FrameShapes(suffix=shape_format, settings=shape_settings) if shapes else None
         return cls(
             settings=settings,
             seeds=tuple(seeds or ()),
@@ -154,9 +154,11 @@ class VideoRequest:
 def make_videos(request: VideoRequest) -> Iterator[Path]:
     """Make the videos of a request, this process's share under torchrun; yields each file when it is complete."""
     videos = distributed.shard(list(request.videos().items()))
-    shapes = [_frame_shapes(request, *video) for video in videos]
-    outputs = [path for path, _ in videos] + [each.trajectory for each in shapes if each is not None]
-    refuse_overwriting(outputs, request.overwrite)
+    shapes = [_frame_shapes(request, path) for path, _ in videos]
+    outputs = [path for path, _ in videos]
+    for each in filter(None, shapes):
+        outputs += [each.trajectory, *each.folder.glob("*_shape.*")]
+    prepare_outputs(outputs, request.overwrite)
     if not videos:
         return
     generator = load_generator(request.network, distributed.resolve_device(request.device))
@@ -211,8 +213,7 @@ def _read_array(path: Path, name: str) -> np.ndarray:
         return array.astype(np.float32)
 
 
-def _frame_shapes(request: VideoRequest, path: Path, seeds: tuple[int, ...]) -> FrameShapes | None:
+def _frame_shapes(request: VideoRequest, path: Path) -> FrameShapes | None:
     if request.shapes is None:
         return None
-    name = f"interpolation_{seeds[0]}_{seeds[-1]}" if seeds else f"interpolation_{path.stem}"
-    return dataclasses.replace(request.shapes, folder=path.parent / name)
+    return dataclasses.replace(request.shapes, folder=path.with_name(f"{path.stem}_shapes"))

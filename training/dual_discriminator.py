@@ -12,7 +12,8 @@ from torch import nn
 
 from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upsample2d
 from training.config import Architecture, DiscriminatorConfig, MappingConfig, require
-from training.networks_stylegan2 import RESAMPLE_TAPS, SQRT_HALF, Conv2dLayer, FullyConnectedLayer, MappingNetwork
+from training.layers import RESAMPLE_TAPS, Conv2dLayer, FullyConnectedLayer
+from training.networks_stylegan2 import SQRT_HALF, MappingNetwork
 
 _LOWEST_BLOCK = 8
 _RAW_FADE_STEP = 32 / 500_000  # DummyDual: the raw image is faded out over 500k images in batches of 32
@@ -147,6 +148,7 @@ class MinibatchStdLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, C, H, W]` to `[B, C + num_channels, H, W]`; B must be a multiple of the group size (or smaller)."""
         batch, _, height, width = x.shape
+        require(batch >= 1, "batch size", "at least 1", batch)
         size = batch if self.group_size is None else min(self.group_size, batch)
         require(batch % size == 0, "batch size", f"a multiple of the minibatch-std group size {size}", batch)
         groups = x.reshape(size, -1, self.num_channels, x.shape[1] // self.num_channels, height, width)

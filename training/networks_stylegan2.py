@@ -13,13 +13,18 @@ import torch
 from torch import nn
 
 from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import setup_filter, upsample2d
 from training.config import Architecture, FusedModconv, MappingConfig, NoiseMode, SynthesisConfig, require
+from training.layers import (
+    RESAMPLE_TAPS,
+    Conv2dLayer,
+    FullyConnectedLayer,
+    add_owned,
+    modulated_conv2d,
+    normalize_2nd_moment,
+)
 
-RESAMPLE_TAPS = (1, 3, 3, 1)
 SQRT_HALF = math.sqrt(0.5)
-_NORM_EPS = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,142 +42,6 @@ class SynthesisOptions:
 
 
 DEFAULT_OPTIONS = SynthesisOptions()
-
-
-def normalize_2nd_moment(x: torch.Tensor) -> torch.Tensor:
-    """Scale the rows of `[B, F]` to unit mean square."""
-    return x * (x.square().mean(dim=1, keepdim=True) + _NORM_EPS).rsqrt()
-
-
-def modulated_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    styles: torch.Tensor,
-    *,
-    noise: torch.Tensor | None = None,
-    fir: torch.Tensor | None = None,
-    up: int = 1,
-    demodulate: bool = True,
-    fused: bool = True,
-) -> torch.Tensor:
-    """Convolve each sample with weights scaled by its styles (StyleGAN2, eq. 1 and 3).
-
-    Args:
-        x: features `[B, I, H, W]`.
-        weight: `[O, I, k, k]`.
-        styles: `[B, I]` in the dtype of the parameters.
-        noise: `[B, 1, H', W']` or `[H', W']`, added to the result.
-        fir: resampling filter, where `up` is 2.
-        up: 1 or 2.
-        demodulate: scale each output channel's weights to unit norm.
-        fused: one grouped convolution with per-sample weights instead of scaling activations; same result.
-
-    Returns:
-        `[B, O, H * up, W * up]` in the dtype of `x`.
-    """
-    batch, in_channels, kernel_size = x.shape[0], weight.shape[1], weight.shape[-1]
-    if demodulate and x.dtype == torch.float16:
-        # Demodulation cancels both scales; they keep half precision from overflowing.
-        weight = weight * (1 / math.sqrt(in_channels * kernel_size**2) / weight.abs().amax(dim=(1, 2, 3), keepdim=True))
-        styles = styles / styles.abs().amax(dim=1, keepdim=True)
-
-    scale = None
-    if demodulate:
-        # A matrix product, because sums over the few elements of each kernel are slow.
-        energy = styles.square().repeat_interleave(kernel_size**2, dim=1) @ weight.square().flatten(1).T  # [B, O]
-        scale = (energy + _NORM_EPS).rsqrt()
-
-    padding = kernel_size // 2
-    if fused and (batch == 1 or x.device.type != "cpu"):  # on a CPU, grouped convolutions are slower than scaling
-        scales = styles[:, None] if scale is None else scale[:, :, None] * styles[:, None]  # [B, O or 1, I]
-        weights = weight * scales[..., None, None]  # [B, O, I, k, k]
-        if batch > 1:
-            x = x.reshape(1, batch * in_channels, *x.shape[2:])
-        x = conv2d_resample(x, weights.flatten(0, 1).to(x.dtype), fir, up=up, padding=padding, groups=batch)
-        if batch > 1:
-            x = x.reshape(batch, -1, *x.shape[2:])
-    else:
-        x = x * styles.to(x.dtype)[:, :, None, None]
-        x = conv2d_resample(x, weight.to(x.dtype), fir, up=up, padding=padding)
-        if scale is not None:
-            x = x * scale.to(x.dtype)[:, :, None, None]
-    return x if noise is None else _add(x, noise.to(x.dtype))
-
-
-def _add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return `x + y`; overwrites `x`, which the caller must own, unless gradients are recorded."""
-    return x + y if torch.is_grad_enabled() else x.add_(y)
-
-
-class FullyConnectedLayer(nn.Module):
-    """Equalised-learning-rate linear layer with activation."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        activation: str = "linear",
-        lr_multiplier: float = 1.0,
-        bias_init: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.activation = activation
-        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
-        self.bias = nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None
-        self.weight_gain = lr_multiplier / math.sqrt(in_features)
-        self.bias_gain = lr_multiplier
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `[B, in]` to `[B, out]`."""
-        weight = self.weight.to(x.dtype) * self.weight_gain
-        bias = None
-        if self.bias is not None:
-            bias = self.bias.to(x.dtype) * self.bias_gain
-        if self.activation == "linear":
-            return torch.nn.functional.linear(x, weight, bias)
-        return bias_act(x @ weight.T, bias, self.activation, inplace=True)
-
-
-class Conv2dLayer(nn.Module):
-    """Equalised-learning-rate convolution with resampling and activation.
-
-    With `trainable` off (Freeze-D) weight and bias are buffers of the same names.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        bias: bool = True,
-        activation: str = "linear",
-        up: int = 1,
-        down: int = 1,
-        resample_taps: Sequence[float] = RESAMPLE_TAPS,
-        conv_clamp: float | None = None,
-        trainable: bool = True,
-    ) -> None:
-        super().__init__()
-        self.activation, self.up, self.down, self.conv_clamp = activation, up, down, conv_clamp
-        self.register_buffer("resample_filter", setup_filter(resample_taps))
-        self.padding = kernel_size // 2
-        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
-        weight = torch.randn(out_channels, in_channels, kernel_size, kernel_size)
-        bias_value = torch.zeros(out_channels) if bias else None
-        if trainable:
-            self.weight = nn.Parameter(weight)
-            self.bias = None if bias_value is None else nn.Parameter(bias_value)
-        else:
-            self.register_buffer("weight", weight)
-            self.register_buffer("bias", bias_value)
-
-    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
-        """Map `[B, in, H, W]` to `[B, out, H * up / down, W * up / down]`; `gain` scales result and clamp."""
-        weight = (self.weight * self.weight_gain).to(x.dtype)
-        x = conv2d_resample(x, weight, self.resample_filter, up=self.up, down=self.down, padding=self.padding)
-        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        return bias_act(x, self.bias, self.activation, gain=gain, clamp=clamp, inplace=True)
 
 
 class MappingNetwork(nn.Module):
@@ -253,6 +122,8 @@ class MappingNetwork(nn.Module):
             parts.append(_checked("z", z, self.z_dim).to(dtype))
         if self.c_dim > 0:
             parts.append(self.embed(_checked("c", c, self.c_dim).to(dtype)))
+        sizes = {len(part) for part in parts}
+        require(len(sizes) == 1 and 0 not in sizes, "z, c", "the same number of both, at least one", sorted(sizes))
         return parts
 
 
@@ -380,11 +251,9 @@ class SynthesisBlock(nn.Module):
         else:
             self.conv0 = SynthesisLayer(in_channels, out_channels, w_dim, resolution, up=up, conv_clamp=clamp)
         self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution, conv_clamp=clamp)
-        self.num_conv = 1 if in_channels == 0 else 2
         self.torgb = None
         if is_last or self.architecture == "skip":
             self.torgb = ToRGBLayer(out_channels, img_channels, w_dim, conv_clamp=clamp)
-        self.num_torgb = 0 if self.torgb is None else 1
         if in_channels != 0 and self.architecture == "resnet":
             self.skip = Conv2dLayer(in_channels, out_channels, 1, bias=False, up=up)
 
@@ -398,32 +267,32 @@ class SynthesisBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return features `[B, out, R, R]` and the image stream `[B, img_channels, R, R]` (None if not begun).
 
-        `ws` is `[B, num_conv + num_torgb, w_dim]` (without torgb the last is not needed); `output_projection`
-        `[img_channels', img_channels]` is applied to what this block adds to the image.
+        `ws` is `[B, 3, w_dim]`, for conv0, conv1 and torgb (`[B, 2, w_dim]` for the first block, which has no conv0);
+        `output_projection` `[img_channels', img_channels]` is applied to what this block adds to the image.
         """
         parameter_dtype = self.conv1.weight.dtype
         half = self.use_fp16 and not options.force_fp32 and ws.device.type == "cuda"
         dtype = torch.float16 if half else parameter_dtype
         fused = self._is_fused(options)
-        ws_iter = iter(ws.to(parameter_dtype).unbind(dim=1))
+        *w_convs, w_torgb = ws.to(parameter_dtype).unbind(dim=1)
 
         if self.in_channels == 0:
             x = self.const.to(dtype).unsqueeze(0).repeat(ws.shape[0], 1, 1, 1)
-            x = self.conv1(x, next(ws_iter), options, fused)
+            x = self.conv1(x, w_convs[0], options, fused)
         elif self.architecture == "resnet":
             x = x.to(dtype)
             shortcut = self.skip(x, gain=SQRT_HALF)
-            x = self.conv0(x, next(ws_iter), options, fused)
-            x = shortcut + self.conv1(x, next(ws_iter), options, fused, gain=SQRT_HALF)
+            x = self.conv0(x, w_convs[0], options, fused)
+            x = shortcut + self.conv1(x, w_convs[1], options, fused, gain=SQRT_HALF)
         else:
-            x = self.conv0(x.to(dtype), next(ws_iter), options, fused)
-            x = self.conv1(x, next(ws_iter), options, fused)
+            x = self.conv0(x.to(dtype), w_convs[0], options, fused)
+            x = self.conv1(x, w_convs[1], options, fused)
 
         if img is not None and self.up == 2:
             img = upsample2d(img, self.resample_filter)
         if self.torgb is not None:
-            rgb = self.torgb(x, next(ws_iter), fused, output_projection).to(parameter_dtype)
-            img = rgb if img is None else _add(rgb, img)
+            rgb = self.torgb(x, w_torgb, fused, output_projection).to(parameter_dtype)
+            img = rgb if img is None else add_owned(rgb, img)
         return x, img
 
     def _is_fused(self, options: SynthesisOptions) -> bool:
@@ -438,21 +307,18 @@ class SynthesisNetwork(nn.Module):
         super().__init__()
         self.w_dim, self.img_resolution, self.img_channels, self.config = w_dim, img_resolution, img_channels, config
         log2 = int(math.log2(img_resolution))
-        self.block_resolutions = [2**i for i in range(2, log2 + 1)]
+        self.num_ws = 2 * log2 - 2
         fp16_resolution = max(2 ** (log2 + 1 - config.num_fp16_res), 8)
         in_channels = 0
-        self.num_ws = 0
-        for resolution in self.block_resolutions:
-            out_channels = config.channels(resolution)
+        for resolution in self._resolutions():
+            channels, use_fp16 = config.channels(resolution), resolution >= fp16_resolution
             is_last = resolution == img_resolution
-            use_fp16 = resolution >= fp16_resolution
-            block = SynthesisBlock(
-                in_channels, out_channels, w_dim, resolution, img_channels, is_last, config, use_fp16
-            )
+            block = SynthesisBlock(in_channels, channels, w_dim, resolution, img_channels, is_last, config, use_fp16)
             self.add_module(f"b{resolution}", block)
-            self.num_ws += block.num_conv
-            in_channels = out_channels
-        self.num_ws += 1  # each torgb shares its w with the next block's first convolution; the last one needs its own
+            in_channels = channels
+
+    def _resolutions(self) -> list[int]:
+        return [2**k for k in range(2, int(math.log2(self.img_resolution)) + 1)]
 
     def forward(
         self,
@@ -478,12 +344,11 @@ class SynthesisNetwork(nn.Module):
         shape = tuple(ws.shape)
         require(shape[1:] == (self.num_ws, self.w_dim), "ws", f"shape [B, {self.num_ws}, {self.w_dim}]", shape)
         x = img = None
-        first = 0
-        for resolution in self.block_resolutions:
-            block = getattr(self, f"b{resolution}")
-            block_ws = ws[:, first : first + block.num_conv + block.num_torgb]
-            x, img = block(x, img, block_ws, options, output_projection)
-            first += block.num_conv
+        for resolution in self._resolutions():
+            # Block 2^k takes w_{2k-5} to w_{2k-3}: its torgb shares a w with the next block's conv0.
+            k = int(math.log2(resolution))
+            block_ws = ws[:, max(2 * k - 5, 0) : 2 * k - 2]
+            x, img = getattr(self, f"b{resolution}")(x, img, block_ws, options, output_projection)
         return img
 
 

@@ -7,6 +7,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
+
+from dnnlib import serialize
+from dnnlib.util import EasyDict
 from training.config import (
     ConditioningConfig,
     DecoderConfig,
@@ -126,27 +130,29 @@ def generator_kwargs(config: GeneratorConfig) -> dict[str, Any]:
     rendering = {key: _read(config, key) for key in _RENDERING_KEYS}
     synthesis = dataclasses.asdict(config.synthesis)
     superresolution = config.superresolution
-    return {
-        "z_dim": config.z_dim,
-        "c_dim": config.c_dim,
-        "w_dim": config.w_dim,
-        "img_resolution": config.img_resolution,
-        "img_channels": config.img_channels,
-        "sr_num_fp16_res": superresolution.num_fp16_res,
-        "mapping_kwargs": dataclasses.asdict(config.mapping),
-        "rendering_kwargs": {**rendering, **copy.deepcopy(config.extras)},
-        "sr_kwargs": {
-            "fused_modconv_default": superresolution.fused_modconv,
-            "first_rgb_replaces_raw": superresolution.first_rgb_replaces_raw,
-        },
-        "parsing_flag": config.parsing_classes > 0,
-        "parsing_classes": config.parsing_classes or PUBLISHED_PARSING_CLASSES,
-        "representation": config.representation,
-        "pose_offset": config.pose_offset,
-        "neural_rendering_resolution": config.neural_rendering_resolution,
-        "fused_modconv_default": synthesis.pop("fused_modconv"),
-        **synthesis,
-    }
+    return EasyDict(
+        {
+            "z_dim": config.z_dim,
+            "c_dim": config.c_dim,
+            "w_dim": config.w_dim,
+            "img_resolution": config.img_resolution,
+            "img_channels": config.img_channels,
+            "sr_num_fp16_res": superresolution.num_fp16_res,
+            "mapping_kwargs": dataclasses.asdict(config.mapping),
+            "rendering_kwargs": {**rendering, **copy.deepcopy(config.extras)},
+            "sr_kwargs": {
+                "fused_modconv_default": superresolution.fused_modconv,
+                "first_rgb_replaces_raw": superresolution.first_rgb_replaces_raw,
+            },
+            "parsing_flag": config.parsing_classes > 0,
+            "parsing_classes": config.parsing_classes or PUBLISHED_PARSING_CLASSES,
+            "representation": config.representation,
+            "pose_offset": config.pose_offset,
+            "neural_rendering_resolution": config.neural_rendering_resolution,
+            "fused_modconv_default": synthesis.pop("fused_modconv"),
+            **synthesis,
+        }
+    )
 
 
 def discriminator_config_from_kwargs(class_name: str, **kwargs: Any) -> DiscriminatorConfig:
@@ -199,6 +205,14 @@ class RenderingKwargs(MutableMapping):
         """Return a plain dict, as the method of a dict would."""
         return dict(self)
 
+    __copy__ = copy
+
+    def __or__(self, other: Mapping) -> dict[str, Any]:
+        return {**self, **other}
+
+    def __ror__(self, other: Mapping) -> dict[str, Any]:
+        return {**other, **self}
+
     def __deepcopy__(self, memo: dict) -> dict[str, Any]:
         return copy.deepcopy(dict(self), memo)
 
@@ -234,7 +248,9 @@ def _plain(key: str, value: Any) -> Any:
     if key == "superresolution_module":
         require(isinstance(value, str), f"rendering_kwargs['{key}']", "the name of a class", value)
         return value.removeprefix(_SUPERRESOLUTION_PREFIX)
-    if key in ("white_back", "disparity_space_sampling", "sr_antialias"):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if key in ("white_back", "disparity_space_sampling", "sr_antialias") and value in (0, 1):
         return bool(value)
     return value
 
@@ -259,7 +275,9 @@ def _replace_section(config: GeneratorConfig, section: str, fields: Mapping[str,
     if not changed:
         return config
     require(live, f"rendering_kwargs {sorted(changed)}", "no change once the generator is built", changed)
-    return dataclasses.replace(config, **{section: dataclasses.replace(old, **changed)})
+    new = dataclasses.replace(old, **changed)
+    serialize.to_json(new, "rendering_kwargs")  # every value has the type that its field declares
+    return dataclasses.replace(config, **{section: new})
 
 
 def _rename_fused(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from training.config import require
-from training.networks_stylegan2 import Conv2dLayer
+from training.layers import Conv2dLayer
 
 PLANE_FEATURES = 32  # decoder and super-resolution of all published systems are built for 32 features
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from torch_utils.ops.upfirdn2d import setup_filter
 from training.config import W_DIM, SuperresolutionConfig, SynthesisConfig, require
-from training.networks_stylegan2 import DEFAULT_OPTIONS, RESAMPLE_TAPS, SynthesisBlock, SynthesisOptions
+from training.layers import RESAMPLE_TAPS
+from training.networks_stylegan2 import DEFAULT_OPTIONS, SynthesisBlock, SynthesisOptions
 from training.representations import PLANE_FEATURES
 
 _FP16_CLAMP = 256

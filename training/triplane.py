@@ -102,6 +102,8 @@ class TriPlaneGenerator(nn.Module):
         projections = representation.projections()
         self._projection_names = tuple(projections)
         for name, projection in projections.items():
+            biases = [parameter for parameter, _ in projection.named_parameters() if parameter.endswith("bias")]
+            require(not biases, f"projection '{name}'", "layers without bias", biases)
             self.add_module(name, projection)
         self.superresolution = Superresolution(config.img_resolution, config.superresolution)
         self.decoder = OSGDecoder(PLANE_FEATURES, PLANE_FEATURES, config.decoder)
@@ -231,7 +233,9 @@ class TriPlaneGenerator(nn.Module):
         if not projections:
             return self.backbone.synthesis(ws, options)
         if self.fold_projections and self.config.synthesis.conv_clamp is None:
-            matrix = torch.cat([_projection_matrix(projection) for projection in projections])
+            matrix = torch.cat(
+                [_projection_matrix(projection, self.backbone.img_channels) for projection in projections]
+            )
             return self.backbone.synthesis(ws, options, output_projection=matrix)
         image = self.backbone.synthesis(ws, options)
         return torch.cat([projection(image) for projection in projections], dim=1)
@@ -251,7 +255,11 @@ class TriPlaneGenerator(nn.Module):
             distance along the ray in world units; `image_mask` `[B, 1, R, R]`, the opacity of the volume in [-0.001,
             1.001]; with a semantic head `image_parsing` `[B, classes, R, R]`, probabilities.
         """
-        resolution = neural_rendering_resolution or self.neural_rendering_resolution
+        resolution = neural_rendering_resolution
+        if resolution is None:
+            resolution = self.neural_rendering_resolution
+        require(resolution >= 1, "neural_rendering_resolution", "at least 1", resolution)
+        _require_batch("camera labels", c, field)
         cam2world, intrinsics = camera_utils.split_label(c.to(field.planes.dtype))
         rays = self.ray_sampler(cam2world, intrinsics, resolution)
         options = field.options
@@ -287,6 +295,7 @@ class TriPlaneGenerator(nn.Module):
 
     def query(self, field: RadianceField, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return raw density `[B, M]` and colour features `[B, M, 32]` at world coordinates `[B, M, 3]`."""
+        _require_batch("points", points, field)
         points = points.to(field.planes.dtype)
         return self.renderer.query(
             field.planes, self.decoder, points, self.config.rendering, generator=field.options.generator
@@ -339,7 +348,7 @@ class TriPlaneGenerator(nn.Module):
         del update_emas
         options = SynthesisOptions(**option_kwargs)
         field = self._cached_field if use_cached_backbone else None
-        if field is None or ws_bcg is not None or field.options != options or not _same(field.ws, ws):
+        if ws_bcg is not None or not _is_reusable(field, ws, options):
             # What is kept has latents of its own, so that it is seen when the caller changes theirs in place.
             field = self.radiance_field(ws.clone() if cache_backbone else ws, ws_bcg, options)
         if cache_backbone and ws_bcg is None:
@@ -414,14 +423,22 @@ def _pose_offset_network(config: GeneratorConfig) -> MappingNetwork:
     return MappingNetwork(config.z_dim, config.c_dim, 3, 1, mapping, last_activation="linear")
 
 
-def _projection_matrix(projection: nn.Sequential) -> torch.Tensor:
-    """Return the product `[out, in]` of bias-free 1 x 1 layers."""
-    matrix = None
-    for layer in projection:
-        weight = layer.weight[:, :, 0, 0] * layer.weight_gain
-        matrix = weight if matrix is None else weight @ matrix
-    return matrix
+def _projection_matrix(projection: nn.Module, num_channels: int) -> torch.Tensor:
+    """Return the matrix `[out, num_channels]` that a linear module of 1 x 1 layers applies to every pixel."""
+    parameter = next(projection.parameters())
+    identity = torch.eye(num_channels, dtype=parameter.dtype, device=parameter.device)
+    return projection(identity[:, :, None, None])[:, :, 0, 0].T
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or (a.shape == b.shape and torch.equal(a, b.to(a)))
+def _require_batch(name: str, value: torch.Tensor, field: RadianceField) -> None:
+    batch = field.planes.shape[0]
+    require(value.shape[0] == batch >= 1, name, f"one for each of the {batch} latents", value.shape[0])
+
+
+def _is_reusable(field: RadianceField | None, ws: torch.Tensor, options: SynthesisOptions) -> bool:
+    """Whether a field was made from the same latents, on the same device, and carries gradients if they are wanted."""
+    if field is None or field.options != options or field.ws.device != ws.device or field.ws.shape != ws.shape:
+        return False
+    if torch.is_grad_enabled() and not field.planes.requires_grad and ws.requires_grad:
+        return False
+    return torch.equal(field.ws, ws.to(field.ws.dtype))

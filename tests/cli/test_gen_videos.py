@@ -110,9 +110,9 @@ def test_latent_gives_the_video_of_its_seeds(baseline, tmp_path):
 
 def test_shapes_accompany_the_video(tmp_path):
     succeed(SCRIPT, *FAST, "--seeds", "0-1", "--shapes", "true", "--shape-res", 12, "--outdir", tmp_path)
-    shapes = [f"interpolation_0_1/{number:04d}_shape.ply" for number in range(NUM_FRAMES)]
-    assert set(contents(tmp_path)) == {"debug_90.mp4", *shapes, "interpolation_0_1/trajectory.npy"}
-    assert np.load(tmp_path / "interpolation_0_1" / "trajectory.npy").shape == (NUM_FRAMES, 4, 4)
+    shapes = [f"debug_90_shapes/{number:04d}_shape.ply" for number in range(NUM_FRAMES)]
+    assert set(contents(tmp_path)) == {"debug_90.mp4", *shapes, "debug_90_shapes/trajectory.npy"}
+    assert np.load(tmp_path / "debug_90_shapes" / "trajectory.npy").shape == (NUM_FRAMES, 4, 4)
     assert all(trimesh.load(tmp_path / path).is_watertight for path in shapes)
 
 

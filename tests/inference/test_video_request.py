@@ -31,7 +31,7 @@ def from_command_line(*arguments: str, **extra) -> VideoRequest:
     received = []
 
     @click.command()
-    @cli_video.video_options(CAMERA_PATHS, IMAGE_MODES, VIDEO_SHAPE_FORMATS, 60)
+    @cli_video.video_options(CAMERA_PATHS, IMAGE_MODES, VIDEO_SHAPE_FORMATS, 10.0, 60)
     def command(dry_run, **options):
         received.append(VideoRequest.from_options(**options, **extra))
 
@@ -90,7 +90,7 @@ def test_from_options_everything_arrives():
 
 
 def test_from_options_takes_every_option_of_the_scripts():
-    options = cli_video.video_options(CAMERA_PATHS, IMAGE_MODES, VIDEO_SHAPE_FORMATS, 60)
+    options = cli_video.video_options(CAMERA_PATHS, IMAGE_MODES, VIDEO_SHAPE_FORMATS, 10.0, 60)
     command = click.command()(options(lambda **_: None))
     exposed = {parameter.name for parameter in command.params if parameter.expose_value}
     taken = {*inspect.signature(VideoRequest.from_options).parameters, *inspect.signature(VideoRequest).parameters}
@@ -213,13 +213,13 @@ def test_make_videos_existing_files_are_refused_before_anything_is_loaded(writte
         patch.setattr(inference.video_request, "load_generator", lambda *_: pytest.fail("loaded"))
         list(make_videos(made))
     (tmp_path / "debug_90.mp4").unlink()
-    (tmp_path / "interpolation_0_3").mkdir()
-    (tmp_path / "interpolation_0_3" / "trajectory.npy").touch()
+    (tmp_path / "debug_90_shapes").mkdir()
+    (tmp_path / "debug_90_shapes" / "trajectory.npy").touch()
     with pytest.raises(FileExistsError, match="trajectory.npy is there already"):
         list(make_videos(made))
     assert not written
     list(make_videos(request(outdir=tmp_path, shapes=FrameShapes(), overwrite=True)))
-    assert written[0][3].folder == tmp_path / "interpolation_0_3"
+    assert written[0][3].folder == tmp_path / "debug_90_shapes"
 
 
 def test_make_videos_separate_videos_are_shared_between_processes(written, tmp_path, monkeypatch):
@@ -253,7 +253,7 @@ def test_make_videos_latents_fill_the_cells_in_order(written, generator, tmp_pat
     assert list(make_videos(made)) == [tmp_path / "face.mp4"]
     ((_, _, keyframes, shapes),) = written
     assert torch.equal(keyframes, torch.from_numpy(w.astype(np.float32)).reshape(2, 2, 10, 512))
-    assert shapes.folder == tmp_path / "interpolation_face"
+    assert shapes.folder == tmp_path / "face_shapes"
 
 
 def test_make_videos_latents_that_do_not_fill_the_grid_raise(written, tmp_path):

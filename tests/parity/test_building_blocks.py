@@ -10,7 +10,7 @@ from tests.helpers.parity import relative_error
 from tests.helpers.vectors import flat, read_json_gz
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import downsample2d, filter2d, setup_filter, upsample2d
-from training.networks_stylegan2 import RESAMPLE_TAPS
+from training.layers import RESAMPLE_TAPS
 from training.representations import make_representation, spherical_coordinates
 from training.volumetric_rendering.depth_sampling import importance_depths
 from training.volumetric_rendering.math_utils import intersect_box

@@ -13,7 +13,7 @@ from tests.helpers.published import fixture_images, fixture_labels, tiny_discrim
 from tests.helpers.vectors import read_vectors
 from torch_utils.ops.upfirdn2d import setup_filter
 from training.dual_discriminator import VARIANTS, filtered_resizing
-from training.networks_stylegan2 import RESAMPLE_TAPS
+from training.layers import RESAMPLE_TAPS
 from training.published_kwargs import discriminator_config_from_kwargs
 
 VECTORS = read_vectors("discriminators")

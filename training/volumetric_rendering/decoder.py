@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_utils.ops.bias_act import LRELU_SLOPE
 from training.config import DecoderConfig
-from training.networks_stylegan2 import FullyConnectedLayer
+from training.layers import FullyConnectedLayer
 
 _HIDDEN_FEATURES = 64
 _SIGMOID_MARGIN = 0.001  # mip-NeRF: lets the sigmoid reach 0 and 1
