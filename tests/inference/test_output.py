@@ -135,3 +135,21 @@ def test_open_video_frames_of_different_sizes_raise(tmp_path):
 def test_open_video_other_suffix_raises(tmp_path):
     with pytest.raises(ValueError, match=r"video: expected a name that ends in \.mp4, got .*a\.avi"):
         write_frames(tmp_path / "a.avi", [])
+
+
+def test_open_video_with_an_encoder_that_fails_leaves_no_file(tmp_path, monkeypatch):
+    encoder = tmp_path / "ffmpeg"
+    encoder.write_text('#!/bin/sh\nfor last; do :; done\ncat >/dev/null\nprintf partial >"$last"\nexit 1\n')
+    encoder.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(encoder))
+    folder = tmp_path / "out"
+    with pytest.raises(OSError, match="expected 2 encoded frames"), open_video(folder / "a.mp4") as video:
+        for _ in range(2):
+            video.append_data(np.zeros((16, 16, 3), np.uint8))
+    assert list(folder.iterdir()) == []
+
+
+def test_prepare_outputs_under_a_file_fails_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        prepare_outputs([tmp_path / "file" / "a.png"], overwrite=False)

@@ -13,7 +13,7 @@ from tests.helpers.tiny import labels, latents, tiny_config, tiny_network
 from training.config import ConditioningConfig, SuperresolutionConfig, SynthesisConfig
 from training.networks_stylegan2 import SynthesisOptions
 from training.presets import GENERATOR_PRESETS
-from training.representations import make_representation
+from training.representations import DualSphericalTriPlane, make_representation
 from training.triplane import TriPlaneGenerator
 
 SYSTEMS = ("dual_spherical", "tri_grid", "tri_plane")
@@ -516,3 +516,37 @@ def test_generator_of_another_output_size_than_its_superresolution_raises_value_
 def test_representation_is_that_of_the_configuration(shared_generator, system):
     ours = shared_generator.renderer.representation
     assert type(ours) is type(make_representation(system, shared_generator.config.plane_depth))
+
+
+@pytest.mark.parametrize("num_cameras", [1, 3])
+def test_render_with_another_number_of_cameras_names_both(generator, ws, num_cameras):
+    with pytest.raises(ValueError, match=rf"camera labels: expected one for each of the {len(ws)} latents"):
+        render(generator, ws, labels(num_cameras))
+
+
+@pytest.mark.parametrize("resolution", [0, -4])
+def test_render_with_an_impossible_resolution_names_it(generator, ws, resolution):
+    with pytest.raises(ValueError, match=f"neural_rendering_resolution: expected at least 1, got {resolution}"):
+        render(generator, ws, labels(len(ws)), neural_rendering_resolution=resolution)
+
+
+def test_cached_backbone_without_gradients_is_not_reused_where_they_are_wanted(generator, ws):
+    c = labels(len(ws))
+    with torch.no_grad():
+        render(generator, ws, c, cache_backbone=True)
+    wanted = ws.clone().requires_grad_()
+    assert render(generator, wanted, c, use_cached_backbone=True)["image"].requires_grad
+
+
+def test_projection_with_a_bias_is_refused(monkeypatch):
+    biased = {"ConvA": torch.nn.Conv2d(512, 96, 1), "ConvB": torch.nn.Conv2d(512, 96, 1, bias=False)}
+    monkeypatch.setattr(DualSphericalTriPlane, "projections", lambda self: biased)
+    with pytest.raises(ValueError, match="projection 'ConvA': expected layers without bias"):
+        TriPlaneGenerator.from_config(tiny_config())
+
+
+def test_fold_projections_of_any_linear_layers_equals_the_unfolded_ones(monkeypatch, ws):
+    plain = {name: torch.nn.Conv2d(512, 96, 1, bias=False) for name in ("ConvA", "ConvB")}
+    monkeypatch.setattr(DualSphericalTriPlane, "projections", lambda self: plain)
+    generator = TriPlaneGenerator.from_config(tiny_config()).eval()
+    torch.testing.assert_close(projected(generator, ws, True), projected(generator, ws, False), **REORDERED)
