@@ -94,6 +94,16 @@ def test_two_processes_write_what_one_writes(baseline, tmp_path, monkeypatch):
     assert contents(tmp_path) == contents(baseline)
 
 
+def test_repeated_seeds_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        said.append(succeed(SCRIPT, *FAST, "--seeds", "4,4,4", "--outdir", tmp_path).stdout)
+    assert [text.split(" to ")[0] for text in said] == ["wrote 1 strips", "wrote 0 strips"]
+    assert list(contents(tmp_path)) == ["debug_90/seed0004.png"]
+
+
 def test_a_process_of_its_own_writes_the_same_bytes(baseline, tmp_path):
     arguments = [SCRIPT, *FAST, *SHAPES, "--seeds", "0", "--outdir", tmp_path]
     process = start(arguments)

@@ -159,14 +159,18 @@ def test_broken_off_video_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals to process groups")
-def test_ctrl_c_in_a_terminal_leaves_nothing_and_is_one_line(tmp_path):
-    """The terminal sends the signal to the encoder, too."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_process_leaves_nothing_and_is_one_line(tmp_path, number):
+    """As by Ctrl-C in a terminal, which stops the encoder too, or by torchrun, which stops the process alone."""
     process = start([SCRIPT, *FAST[:-2], "--w-frames", 100_000, "--seeds", "0", "--outdir", tmp_path])
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".*.tmp.mp4")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list(tmp_path.glob(".*.tmp.mp4")), "no video was begun"
-    os.killpg(process.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1] == "Error: interrupted"

@@ -26,7 +26,7 @@ class RunsCommand:
 def with_network(script, network, outdir) -> tuple:
     """Return the command line that gives a script a network."""
     if script == "convert_checkpoint.py":
-        return network, outdir / "a.safetensors"
+        return network, f"{outdir}/a.safetensors"
     return "--network", network, "--seeds", 0, "--outdir", outdir
 
 
@@ -57,7 +57,7 @@ def test_network_of_another_kind_is_one_line_that_names_it(tmp_path, script, kin
     message = fail(script, *with_network(script, network, tmp_path / "out"))
     assert "network.pkl" in message
     assert culprit in message
-    assert not (tmp_path / "out").exists()
+    assert not contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("script", ["gen_samples.py", "gen_videos.py", "gen_videos_interp.py", "convert_checkpoint.py"])
@@ -68,7 +68,7 @@ def test_network_that_would_run_a_command_does_not(tmp_path, script):
     assert "network.pkl" in message
     assert "system" in message
     assert not sentinel.exists()
-    assert not (tmp_path / "out").exists()
+    assert not contents(tmp_path / "out")
     pickle.loads(network.read_bytes())  # a careless reader would have run it
     assert sentinel.exists()
 
@@ -80,7 +80,7 @@ def test_truncated_network_is_one_line_that_names_it(sphere_pickle, tmp_path, sc
     network = tmp_path / "network.pkl"
     network.write_bytes(whole[: int(len(whole) * share)])
     assert "network.pkl" in fail(script, *with_network(script, network, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert not contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("script", GENERATORS)
@@ -115,7 +115,7 @@ def test_truncated_network_is_one_line_that_names_it(sphere_pickle, tmp_path, sc
 )
 def test_bad_option_is_one_line_that_names_it(tmp_path, script, changed, culprit):
     assert culprit in fail(script, *FAST, "--seeds", 0, "--outdir", tmp_path / "out", *changed)
-    assert not (tmp_path / "out").exists()
+    assert not contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("script", GENERATORS)
@@ -184,7 +184,7 @@ def test_bad_latent_is_one_line_that_names_it(tmp_path, script, w, culprit):
     message = fail(script, *FAST, "--latent", latent, "--outdir", tmp_path / "out")
     assert "face.npz" in message
     assert culprit in message
-    assert not (tmp_path / "out").exists()
+    assert not contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("script", GENERATORS)
@@ -211,17 +211,8 @@ def unwritable(kind, tmp_path):
 
 @pytest.mark.parametrize("script", [*GENERATORS, "convert_checkpoint.py"])
 @pytest.mark.parametrize("kind", ["below a file", "read-only", "virtual"])
-def test_unwritable_output_is_one_line_at_the_end_that_names_it(sphere_pickle, tmp_path, script, kind):
+def test_unwritable_output_is_one_line_that_names_it_before_anything_is_read(tmp_path, script, kind):
     outdir = unwritable(kind, tmp_path)
     before = contents(tmp_path)
-    if script == "convert_checkpoint.py":
-        arguments = (sphere_pickle, f"{outdir}/a.safetensors")
-    else:
-        arguments = ("--network", sphere_pickle, "--nrr", 8, "--seeds", 0, "--outdir", outdir)
-    result = invoke(script, *arguments)
-    assert result.exit_code == 1
-    assert "Traceback" not in result.stderr
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("Error: ")
-    assert str(outdir) in last
+    assert str(outdir) in fail(script, *with_network(script, "absent.pkl", outdir))
     assert contents(tmp_path) == before

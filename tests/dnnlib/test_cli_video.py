@@ -12,7 +12,7 @@ def parse(*arguments: str) -> dict | str:
     received = {}
 
     @click.command()
-    @cli_video.video_options(("Front", "Turn"), ("image", "depth"), ("ply", "mrc"), 25)
+    @cli_video.video_options(("Front", "Turn"), ("image", "depth"), ("ply", "mrc"), shape_level=7.5, fps=25)
     def command(**parameters):
         received.update(parameters)
 
@@ -20,9 +20,10 @@ def parse(*arguments: str) -> dict | str:
     return received if result.exit_code == 0 else result.output
 
 
-def test_video_options_defaults_are_the_first_choices_and_the_rate():
+def test_video_options_defaults_are_the_first_choices_and_those_given():
     values = parse()
-    assert (values["cfg"], values["image_mode"], values["shape_format"], values["fps"]) == ("Front", "image", "ply", 25)
+    assert (values["cfg"], values["image_mode"], values["shape_format"]) == ("Front", "image", "ply")
+    assert (values["shape_level"], values["fps"]) == (7.5, 25)
     assert values["seeds"] is None and values["latent"] is None and values["output"] is None
 
 
@@ -37,6 +38,7 @@ def test_video_options_defaults_are_the_first_choices_and_the_rate():
         ("--shuffle_seed", "5", "shuffle_seed", 5),
         ("--grid", "2,3", "grid", (2, 3)),
         ("--shape-format", ".MRC", "shape_format", "mrc"),
+        ("--shape_level", "-3.5", "shape_level", -3.5),
         ("--interpolate", "False", "interpolate", False),
         ("--pose_cond", "-45.5", "pose_cond", -45.5),
     ],
@@ -60,6 +62,7 @@ def test_video_options_are_parsed(flag, value, parameter, parsed):
         ("--nrr", "0"),
         ("--sample-mult", "0"),
         ("--shape-res", "7"),
+        ("--shape-level", "nan"),
         ("--fps", "0"),
         ("--pose-cond", "inf"),
         ("--reload-modules", "false"),

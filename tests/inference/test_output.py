@@ -57,6 +57,17 @@ def test_prepare_outputs_names_the_first_and_counts_the_others(tmp_path):
         prepare_outputs(paths, overwrite=False)
 
 
+def test_prepare_outputs_makes_the_folders(tmp_path):
+    prepare_outputs([tmp_path / "a" / "b" / "c.png", tmp_path / "d" / "e.png"], overwrite=False)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "d"]
+
+
+def test_prepare_outputs_read_only_folder_raises_and_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # for users whom permissions do not bind
+    with pytest.raises(PermissionError, match=f"{tmp_path.name}: expected a folder to write to"):
+        prepare_outputs([tmp_path / "a.png"], overwrite=True)
+
+
 def test_save_png_is_lossless_and_makes_folders(tmp_path):
     image = np.random.RandomState(0).randint(0, 256, (5, 7, 3), dtype=np.uint8)
     save_png(tmp_path / "new" / "a.png", image)
@@ -139,7 +150,9 @@ def test_open_video_other_suffix_raises(tmp_path):
 
 def test_open_video_with_an_encoder_that_fails_leaves_no_file(tmp_path, monkeypatch):
     encoder = tmp_path / "ffmpeg"
-    encoder.write_text('#!/bin/sh\nfor last; do :; done\ncat >/dev/null\nprintf partial >"$last"\nexit 1\n')
+    # The reader of the finished file asks for output to `-`, which is no file to leave in the working directory.
+    only_videos = 'case "$last" in *.mp4) cat >/dev/null; printf partial >"$last" ;; esac'
+    encoder.write_text("#!/bin/sh\nfor last; do :; done\ncat >/dev/null\ncase $last in *.mp4) printf partial >$last; esac\nexit 1\n")
     encoder.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(encoder))
     folder = tmp_path / "out"

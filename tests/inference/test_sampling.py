@@ -216,6 +216,15 @@ def test_render_resolution_is_that_asked_for_and_does_not_stay(generator):
     assert head.render(label)["image"].shape == (1, 3, 128, 128)
 
 
+def test_render_label_that_is_no_camera_raises_and_names_the_entry(generator):
+    head, label = make_head(generator, 0), strip_labels(generator)[0]
+    for entry, value in ((0, float("nan")), (16, 0.0)):
+        bad = label.clone()
+        bad[entry] = value
+        with pytest.raises(ValueError, match=f"entry {entry} "):
+            head.render(bad)
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_head_accepts_w_layers_with_and_without_a_batch_axis(generator, batched):
     ws = make_head(generator, 0).ws

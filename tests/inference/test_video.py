@@ -228,3 +228,18 @@ def test_write_video_shapes_accompany_the_frames_that_change(generator, ws, rend
     assert sorted(path.name for path in shapes.folder.iterdir()) == names
     poses, _ = camera_utils.split_label(path_labels(generator, 2, moving))
     np.testing.assert_array_equal(np.load(shapes.trajectory), poses.numpy())
+
+
+def test_write_video_a_level_that_had_to_change_is_kept_for_all_shapes(generator, ws, rendered, tmp_path, monkeypatch):
+    """A surface that takes another level in every frame would pulsate."""
+    wanted = []
+
+    def save_shape(path, head, settings):
+        wanted.append(settings.level)
+        return 3.5 if settings.level == 10 else settings.level
+
+    monkeypatch.setattr(inference.video, "save_shape", save_shape)
+    shapes = FrameShapes(folder=tmp_path, settings=ShapeSettings(resolution=8))
+    settings = VideoSettings(frames_per_keyframe=1)
+    write_video(tmp_path / "a.mp4", generator, ws[None, :3], settings, shapes, progress=False)
+    assert wanted == [10, 3.5, 3.5]

@@ -82,3 +82,9 @@ def test_resolve_device_beyond_the_last_gpu_raises(two_gpus, ranks):
     ranks(2, 3)
     with pytest.raises(ValueError, match="got 'cuda:2'"):
         distributed.resolve_device("auto")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
+def test_resolve_device_that_is_no_device_raises_and_lists_the_known(name):
+    with pytest.raises(ValueError, match="device: expected auto, cpu, cuda or cuda:N, got"):
+        distributed.resolve_device(name)
