@@ -1,7 +1,7 @@
 """Time inference stage by stage, with and without reusing what does not depend on the camera.
 
     python benchmarks/bench_infer.py --config spherehead --out spherehead.json
-    python benchmarks/bench_infer.py --config debug
+    python benchmarks/bench_infer.py --config debug --quick
 
 Method and meaning of the columns: benchmarks/README.md.
 """
@@ -11,322 +11,258 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
-import statistics
 import sys
-import threading
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
-import psutil
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, too
 
 import camera_utils
 import shape_utils
+from benchmarks.measure import Action, Measurement, environment, markdown_table, measure
 from dnnlib import cli
 from dnnlib.atomic import atomic_write
 from inference.loading import load_generator
-from inference.sampling import Head, Truncation, conditioning_label, orbit_labels, strip_labels
-from inference.shapes import ShapeSettings, density_volume
+from inference.sampling import Head, make_head, orbit_labels, strip_labels
+from inference.shapes import ShapeSettings
 from torch_utils.distributed import resolve_device
 from training.networks_stylegan2 import SynthesisOptions
 from training.presets import GENERATOR_PRESETS
 from training.representations import PLANE_FEATURES
 from training.triplane import RadianceField, TriPlaneGenerator
 
-Action = Callable[[], object]
 ORBIT_FRAMES = 24
 GRID_RESOLUTION = 128
-_PUBLISHED_CHUNK_POINTS = 1_000_000
-_MEMORY_INTERVAL_S = 0.005
+PUBLISHED_CHUNK_POINTS = 1_000_000
+"""Points for which the published code computes mapping and planes anew."""
+LONG_S = 30.0
+"""Stages that take longer run once."""
+OURS, SCRATCH = "ours", "from scratch"
 _CONST = SynthesisOptions(noise_mode="const")
+_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What is timed: once as this project does it, once from scratch (None where the two are the same)."""
+    """What is measured."""
 
-    name: str
-    ours: Action
-    scratch: Action | None = None
-    long: bool = False
-    """Runs once, without a warm-up."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class Measurement:
-    """Seconds of the repetitions, and what else was seen."""
-
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    gflop: float = 0.0
-    """Multiplications and additions of matrix products and convolutions, in 1e9."""
-    peak_mib: float = 0.0
-    """CPU: resident memory above that at the start; CUDA: allocated memory."""
-
-    @property
-    def median_s(self) -> float:
-        """Median of the repetitions."""
-        return statistics.median(self.seconds)
-
-
-class PeakMemory:
-    """Watches the memory of a device while a block runs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._process, self.peak_mib = device, psutil.Process(), 0.0
-
-    def __enter__(self) -> PeakMemory:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return self
-        self._start = self._peak = self._process.memory_info().rss
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(_MEMORY_INTERVAL_S):
-            self._peak = max(self._peak, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            self.peak_mib = torch.cuda.max_memory_allocated(self._device) / 2**20
-            return
-        self._stop.set()
-        self._thread.join()
-        self.peak_mib = (max(self._peak, self._process.memory_info().rss) - self._start) / 2**20
+    title: str
+    actions: dict[str, Action]
+    """By variant; only one where both do the same, or where the other has no such stage."""
+    weight: float = 0.5
+    """Rough cost, in images; for the estimate of the time left."""
 
 
 class Subject:
-    """A generator and everything that its stages take as input."""
+    """A generator and everything that its stages take as input.
+
+    `reuse` tells the two variants apart: fold the plane projections into the backbone, and compute w-layers, planes and
+    background once per head; or do neither.
+    """
 
     def __init__(self, generator: TriPlaneGenerator) -> None:
         self.generator = generator
         self.device = device = next(generator.parameters()).device
-        self.z = torch.randn(1, generator.z_dim, generator=torch.Generator().manual_seed(0)).to(device)
-        self.label = conditioning_label(generator).to(device)
-        self.ws = self.map()
         self.strip, self.orbit = strip_labels(generator).to(device), orbit_labels(ORBIT_FRAMES).to(device)
-        self.resolution = generator.neural_rendering_resolution
-        self.rays = generator.ray_sampler(*camera_utils.split_label(self.strip[:1]), self.resolution)
-        self.field = self.make_field()
+        self.ws = self.map()
+        self.field = self.make_field(reuse=True)
         self.backbone_image = generator.backbone.synthesis(self.ws, _CONST)
-        self.features = torch.randn(1, PLANE_FEATURES, self.resolution, self.resolution, device=device)
+        resolution = generator.neural_rendering_resolution
+        self.rays = generator.ray_sampler(*camera_utils.split_label(self.strip[:1]), resolution)
+        self.features = torch.randn(1, PLANE_FEATURES, resolution, resolution, device=device)
+
+    def make_head(self, reuse: bool) -> Head:
+        """Return a new head, whose planes and background are not computed yet."""
+        self.generator.fold_projections = reuse
+        return make_head(self.generator, _SEED)
+
+    def make_field(self, reuse: bool) -> RadianceField:
+        """W-layers to planes."""
+        self.generator.fold_projections = reuse
+        return self.generator.radiance_field(self.ws, options=_CONST)
 
     def map(self) -> torch.Tensor:
         """Latent to w-layers."""
-        return self.generator.mapping(self.z, self.label, Truncation().psi, Truncation().cutoff)
+        return make_head(self.generator, _SEED).ws
 
-    def make_field(self) -> RadianceField:
-        """W-layers to planes."""
-        return self.generator.radiance_field(self.ws, options=_CONST)
+    def synthesize_background(self) -> torch.Tensor:
+        """W-layers to background features."""
+        network, planes = self.generator.bcg_synthesis, self.field.planes
+        return RadianceField(self.ws, planes, self.ws, network, _CONST).background
 
-    def project(self) -> list[torch.Tensor]:
-        """Plane projections, apart from the backbone."""
-        return [projection(self.backbone_image) for projection in self.generator.projections]
+    def project(self) -> torch.Tensor:
+        """Backbone image to planes."""
+        return torch.cat([projection(self.backbone_image) for projection in self.generator.projections], dim=1)
 
-    def render_rays(self) -> object:
-        """Volume renderer alone."""
-        rendering = self.generator.config.rendering
-        return self.generator.renderer(self.field.planes, self.generator.decoder, *self.rays, rendering)
+    def render_rays(self) -> torch.Tensor:
+        """Planes to feature image."""
+        renderer, decoder, config = self.generator.renderer, self.generator.decoder, self.generator.config.rendering
+        jitter = torch.Generator(self.device).manual_seed(_SEED)
+        return renderer(self.field.planes, decoder, *self.rays, config, generator=jitter).features
 
-    def superresolve(self) -> object:
-        """Super-resolution alone."""
-        return self.generator.superresolution(self.features[:, :3], self.features, self.ws, _CONST)
+    def superresolve(self) -> torch.Tensor:
+        """Feature image to image."""
+        options = SynthesisOptions(noise_mode=self.generator.config.superresolution.noise_mode)
+        return self.generator.superresolution(self.features[:, :3], self.features, self.ws, options).image
 
-    def views_reused(self, labels: torch.Tensor) -> None:
-        """Views of one head, as the scripts render them."""
-        head = Head(self.generator, self.map())
-        for view in labels:
-            head.render(view)
+    def render_views(self, labels: torch.Tensor, reuse: bool) -> torch.Tensor:
+        """Latent to views of one head, of which the last is returned."""
+        head = self.make_head(reuse)
+        for view, label in enumerate(labels):
+            if view > 0 and not reuse:
+                head = self.make_head(reuse)
+            image = head.render(label)["image"]
+        return image
 
-    def views_from_scratch(self, labels: torch.Tensor) -> None:
-        """Views of one head, each with a mapping, planes and background of its own."""
-        for view in labels:
-            self.views_reused(view[None])
-
-    def grid_reused(self) -> None:
-        """Density grid, as the scripts sample it: planes once, the removed border left out."""
-        density_volume(Head(self.generator, self.map()), ShapeSettings(resolution=GRID_RESOLUTION))
-
-    def grid_from_scratch(self) -> None:
-        """Density grid with mapping and planes for every chunk, as published."""
+    def sample_grid(self, reuse: bool) -> torch.Tensor:
+        """Latent to densities over the whole box; without reuse planes are computed for every published chunk."""
         side = self.generator.config.rendering.box_warp
-        for _, points in shape_utils.voxel_grid_chunks(GRID_RESOLUTION, side, _PUBLISHED_CHUNK_POINTS, self.device):
-            field = self.generator.radiance_field(self.map(), options=_CONST)
+        head = self.make_head(reuse)
+        densities = []
+        for run, points in shape_utils.voxel_grid_chunks(GRID_RESOLUTION, side, PUBLISHED_CHUNK_POINTS, self.device):
+            if run.start > 0 and not reuse:
+                head = self.make_head(reuse)
             for part in points.split(ShapeSettings.chunk_points):
-                self.generator.query(field, part.unsqueeze(0))
+                densities.append(self.generator.query(head.field, part.unsqueeze(0))[0][0])
+        return torch.cat(densities)
 
 
-def make_stages(subject: Subject) -> list[Stage]:
-    """Return the stages, from the mapping network to a density grid."""
-    generator = subject.generator
-    strip, orbit = subject.strip, subject.orbit
-    stages = [
-        Stage(name="mapping", ours=subject.map),
-        Stage(name="backbone", ours=lambda: generator.backbone.synthesis(subject.ws, _CONST)),
-        Stage(
-            name="background",
-            ours=lambda: generator.bcg_synthesis(subject.ws[:, : generator.bcg_synthesis.num_ws], _CONST),
-        ),
-        Stage(name="volume renderer", ours=subject.render_rays),
-        Stage(name="super-resolution", ours=subject.superresolve),
-        Stage(
-            name="whole image",
-            ours=lambda: subject.views_reused(strip[:1]),
-            scratch=lambda: subject.views_from_scratch(strip[:1]),
-        ),
-        Stage(
-            name=f"{len(strip)}-view strip",
-            ours=lambda: subject.views_reused(strip),
-            scratch=lambda: subject.views_from_scratch(strip),
-        ),
-        Stage(
-            name=f"{ORBIT_FRAMES}-frame orbit",
-            ours=lambda: subject.views_reused(orbit),
-            scratch=lambda: subject.views_from_scratch(orbit),
-            long=True,
-        ),
-        Stage(name=f"{GRID_RESOLUTION}^3 grid", ours=subject.grid_reused, scratch=subject.grid_from_scratch),
-    ]
-    if generator.bcg_synthesis is None:
-        stages = [stage for stage in stages if stage.name != "background"]
-    if generator.projections:
-        stages.insert(2, Stage(name="projection", ours=subject.project))
-        stages.insert(3, Stage(name="planes", ours=subject.make_field, scratch=subject.make_field))
-    return stages
+def make_stages(subject: Subject) -> dict[str, Stage]:
+    """Return the stages that the generator has, by the names that `--stages` takes."""
+
+    def both(action: Callable[..., torch.Tensor], *args: Any) -> dict[str, Action]:
+        return {OURS: partial(action, *args, reuse=True), SCRATCH: partial(action, *args, reuse=False)}
+
+    generator, strip, orbit = subject.generator, subject.strip, subject.orbit
+    backbone = partial(generator.backbone.synthesis, subject.ws, _CONST)
+    stages = {
+        "mapping": Stage(title="mapping", actions={OURS: subject.map}),
+        "backbone": Stage(title="backbone", actions={SCRATCH if generator.projections else OURS: backbone}),
+        "projection": Stage(title="plane projection", actions={SCRATCH: subject.project}),
+        "planes": Stage(title="backbone + projection", actions=both(lambda reuse: subject.make_field(reuse).planes)),
+        "background": Stage(title="background", actions={OURS: subject.synthesize_background}),
+        "renderer": Stage(title="volume renderer", actions={OURS: subject.render_rays}),
+        "superresolution": Stage(title="super-resolution", actions={OURS: subject.superresolve}),
+        "image": Stage(title="whole image", actions=both(subject.render_views, strip[:1]), weight=1),
+        "strip": Stage(title=f"{len(strip)}-view strip", actions=both(subject.render_views, strip), weight=len(strip)),
+        "orbit": Stage(title=f"{len(orbit)}-frame orbit", actions=both(subject.render_views, orbit), weight=len(orbit)),
+        "grid": Stage(title=f"{GRID_RESOLUTION}^3 density grid", actions=both(subject.sample_grid), weight=2),
+    }
+    absent = [] if generator.projections else ["projection", "planes"]
+    absent += [] if generator.bcg_synthesis is not None else ["background"]
+    return {name: stage for name, stage in stages.items() if name not in absent}
 
 
-def measure(stage: Stage, generator: TriPlaneGenerator, repeats: int, device: torch.device) -> dict[str, Measurement]:
-    """Run the variants of a stage in turn: ours, scratch, ours, ..."""
-    variants = {"ours": stage.ours} | ({} if stage.scratch is None else {"scratch": stage.scratch})
-    results = {name: Measurement() for name in variants}
-    rounds = 1 if stage.long else repeats
-    for round_number in range(rounds if stage.long else rounds + 1):
-        for name, action in variants.items():
-            generator.fold_projections = name == "ours"
-            counting = round_number == 0  # the warm-up counts operations, unless there is none
-            with PeakMemory(device) as memory, FlopCounterMode(display=False) if counting else nullcontext() as flops:
-                start_s = time.perf_counter()
-                action()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                elapsed_s = time.perf_counter() - start_s
-            result = results[name]
-            result.peak_mib = max(result.peak_mib, memory.peak_mib)
-            if counting:
-                result.gflop = flops.get_total_flops() / 1e9
-            if not counting or stage.long:
-                result.seconds.append(elapsed_s)
-    generator.fold_projections = True
+def run_stages(stages: dict[str, Stage], repeats: int, device: torch.device, title: str) -> dict[str, Any]:
+    """Measure stages one after the other; returns the `results` of the JSON file."""
+    results = {}
+    first = next(iter(stages.values()))
+    measure(first.actions, 1, device, LONG_S, report=lambda: None)  # loads libraries, which else count as memory
+    total = sum(stage.weight * len(stage.actions) * (1 + repeats) for stage in stages.values())
+    with tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        done = 0.0
+        for name, stage in stages.items():
+            bar.set_postfix_str(name)
+            done += stage.weight * len(stage.actions) * (1 + repeats)
+            measurements, difference = measure(
+                stage.actions, repeats, device, LONG_S, report=partial(bar.update, stage.weight)
+            )
+            bar.total += bar.n - done  # long stages have fewer runs
+            done = bar.n
+            results[name] = _result(stage, measurements, difference)
     return results
 
 
-def table(results: dict[str, dict[str, Measurement]]) -> str:
-    """Return the results as a Markdown table."""
-    lines = [
-        "| stage | ours, s | from scratch, s | ratio | GFLOP | GFLOP/s | peak MiB, ours / scratch |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, variants in results.items():
-        ours, scratch = variants["ours"], variants.get("scratch")
-        ratio = f"{scratch.median_s / ours.median_s:.2f}" if scratch else ""
-        peaks = f"{ours.peak_mib:.0f}" + (f" / {scratch.peak_mib:.0f}" if scratch else "")
-        cells = [
-            name,
-            _spread(ours),
-            _spread(scratch),
-            ratio,
-            f"{ours.gflop:.1f}",
-            f"{ours.gflop / ours.median_s:.0f}",
-            peaks,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _spread(measurement: Measurement | None) -> str:
-    if measurement is None:
-        return ""
-    text = f"{measurement.median_s:.3g}"
-    if len(measurement.seconds) == 1:
-        return text + " (once)"
-    return text + f" ({min(measurement.seconds):.3g} to {max(measurement.seconds):.3g})"
-
-
-def machine(device: torch.device) -> dict[str, object]:
-    """Say what the numbers were measured on."""
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+def _result(stage: Stage, measurements: dict[str, Measurement], difference: float) -> dict[str, Any]:
+    variants = {variant: measurement.to_json() for variant, measurement in measurements.items()}
+    compared = len(variants) == 2
     return {
-        "device": processor,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "load_before": os.getloadavg()[0],
-        "date": date.today().isoformat(),
+        "title": stage.title,
+        "variants": variants,
+        "ratio": variants[SCRATCH]["median_s"] / variants[OURS]["median_s"] if compared else None,
+        "cpu_ratio": variants[SCRATCH]["median_cpu_s"] / variants[OURS]["median_cpu_s"] if compared else None,
+        "difference": difference if compared else None,
     }
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
+def results_table(results: dict[str, Any]) -> str:
+    """Return the results as a Markdown table."""
+    heads = (
+        "stage, variant, runs, s, min ... max, ratio, CPU s, CPU ratio, GFLOP, GFLOP/s, GB, GB/s, peak MiB, extra MiB"
     )
-    return f"{names[0] if names else platform.processor()}, {psutil.cpu_count()} logical cores"
+    rows = [heads.split(", ")]
+    for result in results.values():
+        for variant, m in result["variants"].items():
+            compared = variant == OURS and result["ratio"] is not None
+            ratios = [f"{result[key]:.2f}" if compared else "" for key in ("ratio", "cpu_ratio")]
+            first = [
+                result["title"] if variant == next(iter(result["variants"])) else "",
+                variant if len(result["variants"]) == 2 or variant == SCRATCH else "both",
+                str(len(m["seconds"])),
+            ]
+            times = [f"{m['median_s']:.3f}", f"{m['min_s']:.3f} ... {m['max_s']:.3f}", f"{m['median_cpu_s']:.3f}"]
+            counts = [f"{m[key]:.1f}" for key in ("gflop", "gflop_per_s", "gbyte", "gbyte_per_s")]
+            memory = ["-" if m[key] is None else f"{m[key]:.0f}" for key in ("peak_mib", "extra_mib")]
+            rows.append([*first, *times[:2], ratios[0], times[2], ratios[1], *counts, *memory])
+    return markdown_table(rows)
+
+
+def choose_stages(stages: dict[str, Stage], names: str | None) -> dict[str, Stage]:
+    """Return the stages of a comma-separated list, all for None."""
+    chosen = list(stages) if names is None else [name.strip() for name in names.split(",")]
+    unknown = [name for name in chosen if name not in stages]
+    if unknown:
+        raise click.BadParameter(f"--stages: expected some of {','.join(stages)}; came {unknown[0]!r}")
+    return {name: stages[name] for name in chosen}
 
 
 @click.command()
 @cli.option(
     "--config", type=click.Choice(list(GENERATOR_PRESETS)), default="spherehead", help="Preset to build, untrained."
 )
-@cli.option("--repeats", type=cli.POSITIVE_INT, default=3, help="Timed repetitions, after a warm-up.")
-@cli.option("--stages", multiple=True, help="Stages to run, by name; may be repeated.  [default: all]")
+@cli.option("--repeats", type=cli.POSITIVE_INT, default=3, help="Timed runs of each stage and variant.")
+@cli.option("--quick", is_flag=True, help="One timed run each.")
+@cli.option("--stages", metavar="NAME,...", help="Some stages, such as planes,strip; all if not given.")
 @cli.option("--nrr", type=cli.POSITIVE_INT, help="Neural rendering resolution; the preset's own if not given.")
 @cli.option("--threads", type=cli.POSITIVE_INT, help="CPU threads; PyTorch's choice if not given.")
-@cli.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the results to this JSON file.")
+@cli.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write everything to this JSON file.")
 @cli.device_option()
 @cli.cli_errors()
 @torch.no_grad()
 def benchmark(
     config: str,
     repeats: int,
-    stages: tuple[str, ...],
+    quick: bool,
+    stages: str | None,
     nrr: int | None,
     threads: int | None,
     out: Path | None,
     device: str,
 ) -> None:
-    """Time the stages of inference and print a table."""
+    """Time the stages of inference, with and without reuse, and print a table."""
     if threads is not None:
         torch.set_num_threads(threads)
     resolved = resolve_device(device)
-    environment = machine(resolved)
     generator = load_generator(f"init:{config}", resolved)
     generator.neural_rendering_resolution = nrr or generator.neural_rendering_resolution
-    available = {stage.name: stage for stage in make_stages(Subject(generator))}
-    unknown = [name for name in stages if name not in available]
-    if unknown:
-        raise click.BadParameter(f"expected stages among {', '.join(available)}; came {unknown[0]!r}")
-    results = {
-        name: measure(available[name], generator, repeats, resolved)
-        for name in tqdm(stages or list(available), desc=config, unit="stage")
-    }
-    click.echo(f"{config}, {json.dumps(environment)}\n\n{table(results)}")
+    chosen = choose_stages(make_stages(Subject(generator)), stages)
+    settings = {"config": config, "nrr": generator.neural_rendering_resolution, "repeats": 1 if quick else repeats}
+    machine = environment(resolved) | {"load_before": os.getloadavg()[0]}
+    results = run_stages(chosen, settings["repeats"], resolved, config)
+    machine["load_after"] = os.getloadavg()[0]
+    report = {"settings": settings, "environment": machine, "results": results}
+    click.echo(f"{json.dumps(settings | machine)}\n\n{results_table(results)}\n")
+    worst = max((result["difference"] or 0 for result in results.values()), default=0)
+    click.echo(f"The two variants differ by at most {worst:.1e}.")
     if out is not None:
-        rows = {name: {key: dataclasses.asdict(value) for key, value in row.items()} for name, row in results.items()}
         with atomic_write(out, "w") as file:
-            json.dump({"config": config, "environment": environment, "results": rows}, file, indent=2)
+            json.dump(report, file, indent=2, allow_nan=False)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""How fast things are. See README.md in this folder for the method."""

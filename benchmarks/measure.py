@@ -1,0 +1,199 @@
+"""Measure actions against each other: time, memory, floating-point operations and memory traffic."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+Action = Callable[[], torch.Tensor]
+_MIB = 2**20
+_HIGH_WATER_MARK = Path("/proc/self/clear_refs")
+_RESET_HIGH_WATER_MARK = "5"  # proc(5): sets VmHWM to the present resident size
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """What was seen of one action."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Wall-clock time of each repetition."""
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Processor time of each repetition, summed over threads."""
+    gflop: float
+    """Multiplications and additions in convolutions and matrix products, in 1e9."""
+    gbyte: float
+    """Bytes that the operations would move if each read its operands and wrote its result once, in 1e9."""
+    peak_mib: float | None
+    """Highest memory while it ran: resident on a CPU, allocated on a GPU. None where the system does not tell."""
+    extra_mib: float | None
+    """The part of it that was not in use before."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all numbers, with median, min and max of the repetitions."""
+        median_s = statistics.median(self.seconds)
+        return {
+            "median_s": median_s,
+            "min_s": min(self.seconds),
+            "max_s": max(self.seconds),
+            "median_cpu_s": statistics.median(self.cpu_seconds),
+            "gflop_per_s": self.gflop / median_s,
+            "gbyte_per_s": self.gbyte / median_s,
+            **vars(self),
+        }
+
+
+def measure(
+    actions: Mapping[str, Action], repeats: int, device: torch.device, long_s: float, report: Callable[[], None]
+) -> tuple[dict[str, Measurement], float]:
+    """Measure actions that do the same in different ways, in turns (A, B, A, B, ...).
+
+    The first run of each action watches memory and counts operations. It is a warm-up and not timed, unless one of the
+    actions takes more than `long_s` seconds: the first runs then are the only ones, and are timed. Counting costs some
+    20 us per operation.
+
+    Args:
+        actions: by name.
+        repeats: timed runs of each.
+        device: that they compute on.
+        long_s: see above.
+        report: called after every run.
+
+    Returns:
+        The measurements by name, and the largest difference between the results of the actions, relative to the
+        largest value, or absolute where that is below 1.
+    """
+    measurements, results, first_times = {}, [], {}
+    for name, action in actions.items():
+        with _peak_memory(device) as memory, _TrafficCounter() as traffic, FlopCounterMode(display=False) as flops:
+            result, *first_times[name] = _timed(action, device)
+        measurements[name] = Measurement(gflop=flops.get_total_flops() / 1e9, gbyte=traffic.num_bytes / 1e9, **memory)
+        results.append(result.double().cpu())
+        report()
+    is_long = max(wall_s for wall_s, _ in first_times.values()) > long_s
+    for _ in range(1 if is_long else repeats):
+        for name, action in actions.items():
+            wall_s, cpu_s = first_times[name] if is_long else _timed(action, device)[1:]
+            measurements[name].seconds.append(wall_s)
+            measurements[name].cpu_seconds.append(cpu_s)
+            if not is_long:
+                report()
+    return measurements, max(_difference(result, results[-1]) for result in results)
+
+
+def _timed(action: Action, device: torch.device) -> tuple[torch.Tensor, float, float]:
+    """Return the result of an action, and its wall-clock and processor time in seconds."""
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
+    result = action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start_s, time.process_time() - start_cpu_s
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+
+
+class _TrafficCounter(TorchDispatchMode):
+    """Adds up the bytes of operands and results; views and empty memory move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
+        if not is_view and "empty" not in func.__name__:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            # Expanded tensors are larger than their memory.
+            self.num_bytes += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
+        return result
+
+
+@contextlib.contextmanager
+def _peak_memory(device: torch.device) -> Iterator[dict[str, float | None]]:
+    """Yield a dict that has `peak_mib` and `extra_mib` of `Measurement` when the block has ended.
+
+    On Linux the kernel keeps the highest resident size of a process exactly, and lets it be reset. Memory that the
+    C library keeps for reuse is given back first; otherwise what ran before would count.
+    """
+    memory: dict[str, float | None] = {"peak_mib": None, "extra_mib": None}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield memory
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        _give_memory_back()
+        before = psutil.Process().memory_info().rss
+        can_reset = _reset_high_water_mark()
+        yield memory
+        peak = _high_water_mark() if can_reset else None
+    if peak is not None:
+        memory |= {"peak_mib": peak / _MIB, "extra_mib": max(0, peak - before) / _MIB}
+
+
+def _give_memory_back() -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        _HIGH_WATER_MARK.write_text(_RESET_HIGH_WATER_MARK)
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_mark() -> int:
+    """Return the highest resident size since the last reset, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(kib) * 1024
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Say what the numbers are measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "logical_cores": psutil.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Return rows of cells, the first of them the heads, as a Markdown table with aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
