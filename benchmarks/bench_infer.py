@@ -46,6 +46,7 @@ LONG_S = 30.0
 OURS, SCRATCH = "ours", "from scratch"
 _CONST = SynthesisOptions(noise_mode="const")
 _SEED = 0
+_UNTIMED_RUNS = 2  # of `measure`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,12 +165,12 @@ def run_stages(stages: dict[str, Stage], repeats: int, device: torch.device, tit
     results = {}
     first = next(iter(stages.values()))
     measure(first.actions, 1, device, LONG_S, report=lambda: None)  # loads libraries, which else count as memory
-    total = sum(stage.weight * len(stage.actions) * (1 + repeats) for stage in stages.values())
+    total = sum(stage.weight * len(stage.actions) * (_UNTIMED_RUNS + repeats) for stage in stages.values())
     with tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         done = 0.0
         for name, stage in stages.items():
             bar.set_postfix_str(name)
-            done += stage.weight * len(stage.actions) * (1 + repeats)
+            done += stage.weight * len(stage.actions) * (_UNTIMED_RUNS + repeats)
             measurements, difference = measure(
                 stage.actions, repeats, device, LONG_S, report=partial(bar.update, stage.weight)
             )

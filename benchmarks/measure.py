@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ _HIGH_WATER_MARK = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER_MARK = "5"  # proc(5): sets VmHWM to the present resident size
 
 
-@dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class Measurement:
     """What was seen of one action."""
 
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float]
     """Wall-clock time of each repetition."""
-    cpu_seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float]
     """Processor time of each repetition, summed over threads."""
     gflop: float
     """Multiplications and additions in convolutions and matrix products, in 1e9."""
@@ -62,9 +62,9 @@ def measure(
 ) -> tuple[dict[str, Measurement], float]:
     """Measure actions that do the same in different ways, in turns (A, B, A, B, ...).
 
-    The first run of each action watches memory and counts operations. It is a warm-up and not timed, unless one of the
-    actions takes more than `long_s` seconds: the first runs then are the only ones, and are timed. Counting costs some
-    20 us per operation.
+    Each action runs once to count its operations, once to watch its memory, and then `repeats` times for its time. If
+    one of them takes more than `long_s` seconds, there is only one run of each for everything. Counting costs some 20
+    us per operation.
 
     Args:
         actions: by name.
@@ -77,22 +77,34 @@ def measure(
         The measurements by name, and the largest difference between the results of the actions, relative to the
         largest value, or absolute where that is below 1.
     """
-    measurements, results, first_times = {}, [], {}
+    measurements, results = {}, []
     for name, action in actions.items():
         with _peak_memory(device) as memory, _TrafficCounter() as traffic, FlopCounterMode(display=False) as flops:
-            result, *first_times[name] = _timed(action, device)
-        measurements[name] = Measurement(gflop=flops.get_total_flops() / 1e9, gbyte=traffic.num_bytes / 1e9, **memory)
+            result, wall_s, cpu_s = _timed(action, device)
+        measurements[name] = Measurement(
+            seconds=[wall_s],
+            cpu_seconds=[cpu_s],
+            gflop=flops.get_total_flops() / 1e9,
+            gbyte=traffic.num_bytes / 1e9,
+            **memory,
+        )
         results.append(result.double().cpu())
         report()
-    is_long = max(wall_s for wall_s, _ in first_times.values()) > long_s
-    for _ in range(1 if is_long else repeats):
+    difference = max(_difference(result, results[-1]) for result in results)
+    if max(measurement.seconds[0] for measurement in measurements.values()) > long_s:
+        return measurements, difference
+    for name, action in actions.items():
+        with _peak_memory(device) as memory:  # counting keeps some tensors alive longer
+            action()
+        measurements[name] = dataclasses.replace(measurements[name], seconds=[], cpu_seconds=[], **memory)
+        report()
+    for _ in range(repeats):
         for name, action in actions.items():
-            wall_s, cpu_s = first_times[name] if is_long else _timed(action, device)[1:]
+            _, wall_s, cpu_s = _timed(action, device)
             measurements[name].seconds.append(wall_s)
             measurements[name].cpu_seconds.append(cpu_s)
-            if not is_long:
-                report()
-    return measurements, max(_difference(result, results[-1]) for result in results)
+            report()
+    return measurements, difference
 
 
 def _timed(action: Action, device: torch.device) -> tuple[torch.Tensor, float, float]:
