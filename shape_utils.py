@@ -234,6 +234,7 @@ def write_volume_mrc(path: str | os.PathLike, sigma: np.ndarray | torch.Tensor, 
         mrc.voxel_size = voxel_size
         for axis, size in zip("xyz", volume.shape):
             mrc.header.origin[axis] = -voxel_size * (size - 1) / 2
+        mrc.header.nlabl, mrc.header.label[0] = 1, "raw density"  # mrcfile's own label holds the time
 
 
 def convert_sdf_samples_to_ply(

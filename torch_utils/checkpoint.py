@@ -25,8 +25,17 @@ _MAX_NAMES_SHOWN = 5
 def write_checkpoint(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a JSON header to a safetensors file; nothing appears under `path` unless all was written."""
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "header": json.dumps(header, allow_nan=False)}
+    data = safetensors.torch.save(_separate(tensors), metadata)
+    (length,) = struct.unpack_from("<Q", data)
+    start = _HEADER_LENGTH_BYTES + length
+    # The library shuffles the metadata; sorted, the same contents make the same bytes.
+    entries = json.loads(data[_HEADER_LENGTH_BYTES:start])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_LENGTH_BYTES)
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(_separate(tensors), metadata))
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(memoryview(data)[start:])
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

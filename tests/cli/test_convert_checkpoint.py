@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import struct
 
 import pytest
 import safetensors
@@ -11,7 +10,7 @@ import torch
 
 import legacy
 from dnnlib.util import file_sha256
-from tests.cli.running import contents, fail, succeed
+from tests.cli.running import contents, fail, start, succeed
 from tests.inference.published_pickle import write_snapshot
 
 SCRIPT = "convert_checkpoint.py"
@@ -64,13 +63,11 @@ def test_converted_file_says_where_it_comes_from(sphere_pickle, tmp_path):
     assert set(header["networks"]) == {"G_ema"}
 
 
-def test_converting_twice_gives_the_same_tensors_and_header(sphere_pickle, tmp_path):
+def test_converting_twice_gives_the_same_bytes(sphere_pickle, tmp_path):
     for name in ("a", "b"):
-        succeed(SCRIPT, sphere_pickle, tmp_path / f"{name}.safetensors")
-    first, second = contents(tmp_path).values()
-    assert read_header(tmp_path / "a.safetensors") == read_header(tmp_path / "b.safetensors")
-    (length,) = struct.unpack_from("<Q", first)
-    assert first[8 + length :] == second[8 + length :]
+        assert start([SCRIPT, sphere_pickle, tmp_path / f"{name}.safetensors"]).wait() == 0
+    files = contents(tmp_path)
+    assert files["a.safetensors"] == files["b.safetensors"]
 
 
 def test_networks_keeps_those_named_alone(pair_pickle, tmp_path):

@@ -114,7 +114,7 @@ def test_a_process_of_its_own_writes_the_same_bytes(baseline, tmp_path):
     assert contents(tmp_path) == {name: expected[name] for name in ("debug_90/seed0000.png", "debug_90/seed0000.glb")}
 
 
-@pytest.mark.parametrize("suffix", ["ply", "obj"])
+@pytest.mark.parametrize("suffix", ["ply", "obj", "mrc"])
 def test_same_command_gives_the_same_shape(tmp_path, suffix):
     for name in ("a", "b"):
         succeed(SCRIPT, *FAST, *SHAPES, "--shape-format", suffix, "--seeds", 0, "--outdir", tmp_path / name)
