@@ -152,9 +152,7 @@ def test_open_video_with_an_encoder_that_fails_leaves_no_file(tmp_path, monkeypa
     encoder = tmp_path / "ffmpeg"
     # The reader of the finished file asks for output to `-`, which is no file to leave in the working directory.
     only_videos = 'case "$last" in *.mp4) cat >/dev/null; printf partial >"$last" ;; esac'
-    encoder.write_text(
-        "#!/bin/sh\nfor last; do :; done\ncat >/dev/null\ncase $last in *.mp4) printf partial >$last; esac\nexit 1\n"
-    )
+    encoder.write_text(f"#!/bin/sh\nfor last; do :; done\n{only_videos}\nexit 1\n")
     encoder.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(encoder))
     folder = tmp_path / "out"
