@@ -9,6 +9,7 @@ import torch
 from dnnlib.util import open_url
 from legacy import load_network_pkl
 from torch_utils.distributed import resolve_device
+from torch_utils.memory import keep_freed_memory
 from training.config import require
 from training.presets import generator_preset
 from training.triplane import TriPlaneGenerator
@@ -28,7 +29,8 @@ def load_generator(source: str | Path, device: torch.device | str = "cpu") -> Tr
     Args:
         source: a published pickle or a converted safetensors file, as a path, an http(s) URL or `hf://org/repo/file`;
             or `init:PRESET`, an untrained generator (always the same weights).
-        device: where to put it; 'auto' is a GPU if there is one. For a GPU, cuDNN is told to be deterministic.
+        device: where to put it; 'auto' is a GPU if there is one. For a GPU, cuDNN is told to be deterministic; for a
+            CPU, the C library is told to keep freed memory (see `torch_utils.memory.keep_freed_memory`).
 
     Returns:
         The moving average of the generator (`G_ema`), in eval mode, not requiring gradients.
@@ -41,6 +43,8 @@ def load_generator(source: str | Path, device: torch.device | str = "cpu") -> Tr
     if device.type == "cuda":
         # The same command is to make the same picture: no algorithms that are chosen by timing, or that race.
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    if device.type == "cpu":
+        keep_freed_memory()
     if is_untrained(source):
         config = generator_preset(str(source).removeprefix(_INIT_PREFIX))
         with torch.random.fork_rng(devices=[]):
