@@ -79,6 +79,11 @@ def make_representation(name: str, plane_depth: int) -> Representation:
     return _REGISTRY[name](plane_depth)
 
 
+def representation_name(representation: Representation) -> str | None:
+    """Return the name that the class of a representation is registered under; None for one that is not."""
+    return next((name for name, cls in _REGISTRY.items() if cls is type(representation)), None)
+
+
 def sample_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
     """Look up coordinates bilinearly; outside is zero, and values fade to zero over the last half texel.
 

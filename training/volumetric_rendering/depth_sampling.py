@@ -13,46 +13,57 @@ _PDF_EPS = 1e-5
 _MIN_RELATIVE_DISPARITY = 0.1  # few samples over a wide range: jitter would carry the last one through infinity
 
 
-def stratified_depths(
-    ray_origins: torch.Tensor, ray_directions: torch.Tensor, jitter: torch.Tensor, config: RenderingConfig
-) -> torch.Tensor:
-    """Return coarse depths `[B, R, S]`, ascending.
+def ray_limits(
+    ray_origins: torch.Tensor, ray_directions: torch.Tensor, config: RenderingConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the distances `[B, R]` between which each ray is sampled.
 
-    The jitter only moves samples away from the camera, by up to one interval; the last one may lie behind `ray_end`.
+    With 'auto' limits they come from the box, and rays that miss it take those of the whole batch.
+
+    Differs from the published code, unless `auto_range_of_misses` says so: where all rays miss, they have no length
+    (instead of running backwards).
 
     Args:
         ray_origins: `[B, R, 3]`.
-        ray_directions: `[B, R, 3]`.
+        ray_directions: `[B, R, 3]`, unit length.
+        config: limits.
+    """
+    if not config.auto_range:
+        shape = ray_origins.shape[:-1]
+        return ray_origins.new_full(shape, config.ray_start), ray_origins.new_full(shape, config.ray_end)
+    near, far = (x.squeeze(-1) for x in intersect_box(ray_origins, ray_directions, config.box_warp))
+    hit = far > near
+    as_published = config.auto_range_of_misses == "nearest"
+    # Without looking at the values, for which a GPU would have to be waited for.
+    nearest = near.masked_fill(~hit, torch.inf).amin()
+    farthest = (near if as_published else far).masked_fill(~hit, -torch.inf).amax()
+    none_hit = ~hit.any()
+    near_of_misses = torch.where(none_hit, near if as_published else 0, nearest)
+    far_of_misses = torch.where(none_hit, far if as_published else 0, farthest)
+    return torch.where(hit, near, near_of_misses), torch.where(hit, far, far_of_misses)
+
+
+def stratified_depths(
+    near: torch.Tensor, far: torch.Tensor, jitter: torch.Tensor, config: RenderingConfig
+) -> torch.Tensor:
+    """Return coarse depths `[B, R, S]`, ascending.
+
+    The jitter only moves samples away from the camera, by up to one interval; the last one may lie behind `far`.
+
+    Args:
+        near: `[B, R]`, from `ray_limits`.
+        far: `[B, R]`.
         jitter: uniform numbers `[B, R, S]` in [0, 1).
-        config: limits and spacing.
+        config: spacing.
     """
     num_samples = config.depth_resolution
     steps = torch.linspace(0, 1, num_samples, dtype=jitter.dtype, device=jitter.device)
     fractions = steps + jitter / (num_samples - 1)  # [B, R, S]
-    if config.auto_range:
-        near, far = _auto_limits(ray_origins, ray_directions, config)
-        return near + (far - near) * fractions
-    if config.disparity_space_sampling:
-        disparity = (1 - fractions) / config.ray_start + fractions / config.ray_end
-        return 1 / disparity.clamp(min=_MIN_RELATIVE_DISPARITY / config.ray_end)
-    return config.ray_start + (config.ray_end - config.ray_start) * fractions
-
-
-def _auto_limits(
-    ray_origins: torch.Tensor, ray_directions: torch.Tensor, config: RenderingConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Limits `[B, R, 1]` from the box; rays that miss it take those of the whole batch.
-
-    Differs from the published code, unless `auto_range_of_misses` says so: where all rays miss, they have no length
-    (instead of running backwards).
-    """
-    near, far = intersect_box(ray_origins, ray_directions, config.box_warp)
-    hit = far > near
-    as_published = config.auto_range_of_misses == "nearest"
-    if not hit.any():
-        return (near, far) if as_published else (torch.zeros_like(near), torch.zeros_like(far))
-    far_of_misses = (near if as_published else far)[hit].max()
-    return torch.where(hit, near, near[hit].min()), torch.where(hit, far, far_of_misses)
+    near, far = near.unsqueeze(-1), far.unsqueeze(-1)
+    if config.disparity_space_sampling and not config.auto_range:
+        disparity = (1 - fractions) / near + fractions / far
+        return 1 / torch.maximum(disparity, _MIN_RELATIVE_DISPARITY / far)
+    return near + (far - near) * fractions
 
 
 def importance_depths(depths: torch.Tensor, weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -41,18 +41,24 @@ def sample_weights_from_intervals(weights: torch.Tensor) -> torch.Tensor:
     return midpoints(F.pad(weights, (1, 1)))
 
 
-def composite_depth(weights: torch.Tensor, depths: torch.Tensor, clamp: str) -> torch.Tensor:
-    """Return the expected depth `[B, R]` of the intervals; a ray without weight gets the far end of its range.
+def expected_depth(weights: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
+    """Return the mean depth `[B, R]` of interval weights `[B, R, S - 1]` at depths `[B, R, S]`; 0 without weight."""
+    accumulation = weights.sum(dim=-1)
+    return (weights * midpoints(depths)).sum(dim=-1) / torch.where(accumulation > 0, accumulation, 1)
+
+
+def limit_depth(
+    expected: torch.Tensor, accumulation: torch.Tensor, depth_range: torch.Tensor, clamp: str
+) -> torch.Tensor:
+    """Limit depths `[B, R]` to a sampled range; a ray without weight gets the far end.
 
     Args:
-        weights: interval weights `[B, R, S - 1]`.
-        depths: ascending `[B, R, S]`.
+        expected: from `expected_depth`.
+        accumulation: sum of weights `[B, R]`.
+        depth_range: first and last sample of each ray `[B, R, 2]`; no gradient flows to it.
         clamp: 'ray' limits depths to the range of their own ray; 'batch' to that of all rays together, as published.
     """
-    accumulation = weights.sum(dim=-1)
-    hit = accumulation > 0
-    expected = (weights * midpoints(depths)).sum(dim=-1) / torch.where(hit, accumulation, 1)
-    near, far = depths[..., 0].detach(), depths[..., -1].detach()
+    near, far = depth_range.detach().unbind(dim=-1)
     if clamp == "batch":
-        near, far = near.min(), far.max()
-    return torch.where(hit, expected, far).clamp(near, far)
+        near, far = near.amin(), far.amax()
+    return torch.where(accumulation > 0, expected, far).clamp(near, far)

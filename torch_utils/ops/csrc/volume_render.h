@@ -149,8 +149,10 @@ SPHEREHEAD_FN T invert_cdf_bin(T uniform, T cdf_low, T cdf_high, T bin_low, T bi
     return bin_low + (uniform - cdf_low) / span * (bin_high - bin_low);
 }
 
-SPHEREHEAD_FN bool is_inside_crop(double x, double z, double limit) {
-    return (x <= limit) & (x >= -limit) & (z <= limit) & (z >= -limit);
+// Whether a point keeps its density: away from the x and z faces of the box (y is free).
+template <class T>
+SPHEREHEAD_FN bool is_inside_crop(T x, T z, T limit) {
+    return (absolute(x) <= limit) & (absolute(z) <= limit);
 }
 
 }  // namespace spherehead::SPHEREHEAD_ISA
