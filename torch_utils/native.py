@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +104,20 @@ class NativeLibrary:
         return tuple(sorted(name for name in names if self.cuda(name)))
 
     def cuda_library(self) -> Path | None:
-        """Return the file of the CUDA kernels, or None where there are none; builds them like :meth:`cuda`."""
+        """Return the file of the CUDA kernels, or None where there are none."""
         opened = self._open_cuda()
         return opened[0].library if opened else None
 
     def _open_cuda(self) -> tuple[Built, ctypes.CDLL] | None:
         with self._lock:
             if not self._cuda_tried:
-                if _cuda_devices():
-                    try:
-                        self._cuda_library = _open_cuda_library()
-                    except (NativeBuildError, OSError) as error:
-                        self._cuda_reason = str(error)
-                        _fall_back("CUDA kernels", error)
-                else:
-                    self._cuda_reason = "PyTorch sees no CUDA device"
+                devices = _cuda_devices()
+                self._cuda_reason = "" if devices else "PyTorch sees no CUDA device"
+                try:
+                    self._cuda_library = _open_cuda_library(devices) if devices else None
+                except (NativeBuildError, OSError) as error:
+                    self._cuda_reason = str(error)
+                    _fall_back("CUDA kernels", error)
                 self._cuda_tried = True
             return self._cuda_library
 
@@ -227,18 +227,16 @@ def _open_cpu_library(isa: str) -> NativeLibrary:
     sources, facts = Sources.of(SOURCE_DIR), TorchFacts.installed()
     if not sources.cpu:
         raise NativeBuildError(f"{SOURCE_DIR}: no sources of kernels")
-    built, library = _open(isa, content_of(isa, sources, facts), lambda: cpu_recipe(sources, isa, facts))
+    built, library = _open(isa, content_of(isa, sources, facts), partial(cpu_recipe, sources, isa, facts))
     return NativeLibrary(isa, built, library)
 
 
-def _open_cuda_library() -> tuple[Built, ctypes.CDLL]:
-    sources, facts, devices = Sources.of(SOURCE_DIR), TorchFacts.installed(), _cuda_devices()
+def _open_cuda_library(devices: Sequence[str]) -> tuple[Built, ctypes.CDLL]:
+    sources, facts = Sources.of(SOURCE_DIR), TorchFacts.installed()
     if not sources.cuda:
         raise NativeBuildError(f"{SOURCE_DIR}: no sources of CUDA kernels")
-    content = content_of("cuda", sources, facts)
-    return _open(
-        "cuda", content, lambda: cuda_recipe(sources, devices, facts), fits=lambda built: _runs_on(built, devices)
-    )
+    recipe = partial(cuda_recipe, sources, devices, facts)
+    return _open("cuda", content_of("cuda", sources, facts), recipe, partial(_runs_on, devices))
 
 
 def _open(
@@ -269,7 +267,7 @@ def _cuda_devices() -> list[str]:
     return sorted({"{}{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
 
 
-def _runs_on(built: Built, devices: Sequence[str]) -> bool:
+def _runs_on(devices: Sequence[str], built: Built) -> bool:
     """Tell whether a CUDA library has code for all devices: of the same major capability, and no newer."""
     there = [int(name) for name in built.record["tools"]["architectures"]]
     return all(any(other // 10 == int(name) // 10 and other <= int(name) for other in there) for name in devices)

@@ -28,6 +28,7 @@ try:
 except ImportError:  # no advisory locks on Windows, where nothing is built anyway
     fcntl = None
 
+Say = Callable[[str], None]
 RECORD_NAME = "build.json"
 UNUSED_DAYS = 60
 SECONDS_PER_KB = 0.5  # of kernel source, on one core of 2023
@@ -65,9 +66,7 @@ def find_built(folder: Path, content: dict[str, Any]) -> Built | None:
     return Built(library=library, record=record, stamp=stamp)
 
 
-def cached(
-    recipe: Recipe, root: Path, *, say: Callable[[str], None] = lambda text: None, broken: Built | None = None
-) -> Built:
+def cached(recipe: Recipe, root: Path, *, say: Say = lambda text: None, broken: Built | None = None) -> Built:
     """Return a library from the cache, after building it if it is not there; simultaneous callers build once.
 
     Args:
@@ -98,16 +97,20 @@ def cached(
         if alone:
             for left in root.glob(f".{recipe.key}.*.tmp"):  # by a build that was killed
                 shutil.rmtree(left, ignore_errors=True)
-        say(f"building native kernels ({recipe.kind}, about {_expected_s(recipe)} s, once) ...")
-        _build_entry(recipe, entry, failure, objects=root / "objects")
+        _build_entry(recipe, entry, failure, root / "objects", say)
     _remove_unused(root)
     if built := found():
         return built
     raise NativeBuildError(f"{entry}: the library changed right after it was built")
 
 
-def build_ahead(recipes: Sequence[Recipe], folder: Path) -> list[Path]:
+def build_ahead(recipes: Sequence[Recipe], folder: Path, *, say: Say = lambda text: None) -> list[Path]:
     """Build libraries into ``folder / kind``; what was in the folder is replaced once all of them are built.
+
+    Args:
+        recipes: how they are built.
+        folder: where to.
+        say: shown one line per library.
 
     Returns:
         The libraries.
@@ -121,7 +124,7 @@ def build_ahead(recipes: Sequence[Recipe], folder: Path) -> list[Path]:
     failure = folder.with_name(f"{folder.name}.log")
     try:
         for recipe in recipes:
-            _build_entry(recipe, temp / recipe.kind, failure, objects=temp)
+            _build_entry(recipe, temp / recipe.kind, failure, temp, say)
         for file in temp.glob("*.o"):
             file.unlink()
         temp.chmod(0o755)
@@ -150,11 +153,11 @@ def find_ninja() -> str:
     raise NativeBuildError("ninja is missing (pip install ninja)")
 
 
-def _build_entry(recipe: Recipe, entry: Path, failure: Path, objects: Path) -> None:
+def _build_entry(recipe: Recipe, entry: Path, failure: Path, objects: Path, say: Say) -> None:
     """Build in a folder beside the entry and move it into place; where that fails, keep the log as ``failure``."""
     temp = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", suffix=".tmp", dir=entry.parent))
     try:
-        _build(recipe, temp, objects)
+        _build(recipe, temp, objects, say)
         temp.chmod(0o755)  # mkdtemp's is 0700; a cache may be shared
         _publish(temp, entry)
     except NativeBuildError as error:
@@ -167,19 +170,24 @@ def _build_entry(recipe: Recipe, entry: Path, failure: Path, objects: Path) -> N
     failure.unlink(missing_ok=True)
 
 
-def _build(recipe: Recipe, folder: Path, objects: Path) -> None:
+def _build(recipe: Recipe, folder: Path, objects: Path, say: Say) -> None:
     """Build a library in an empty folder; the library, its record and the log stay there."""
     ninja = find_ninja()
     plan = recipe.plan(folder)
     objects.mkdir(exist_ok=True)
-    made = [objects / f"{_object_digest(edge, recipe)}.o" for edge in plan.edges]
+    made = [objects / _object_name(edge, recipe) for edge in plan.edges]
     reused = [file for file in made if _touch(file)]
+    say(f"building native kernels ({recipe.kind}, about {_expected_s(plan, made, reused)} s, once) ...")
     _write_ninja(folder, plan, made, reused, recipe.file_name)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS", "").isdigit() else []
     done = run_logged([ninja, "-v", "-k", "0", *jobs], folder)
+    unchanged = {_object_name(edge, recipe) for edge in plan.edges}
     for file in folder.glob("*.o"):
-        _fsync(file)
-        os.replace(file, objects / file.name)
+        if file.name in unchanged:
+            _fsync(file)
+            os.replace(file, objects / file.name)
+    if unchanged != {file.name for file in made}:
+        raise NativeBuildError("a source was changed while it was compiled; the next start builds again")
     library = folder / recipe.file_name
     if done.returncode != 0 or not library.exists():
         for file in reused:  # in case they are at fault
@@ -217,8 +225,8 @@ def _ninja_path(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def _object_digest(edge: Edge, recipe: Recipe) -> str:
-    """Return a hash over what goes into an object: the command, PyTorch, the source and the headers that it reaches."""
+def _object_name(edge: Edge, recipe: Recipe) -> str:
+    """Return a file name with a hash over what goes into an object: command, PyTorch, source, headers that it reaches."""
     headers = {file.name: file for file in recipe.sources.headers}
     reached, waiting = [], [edge.source]
     while waiting:
@@ -232,7 +240,7 @@ def _object_digest(edge: Edge, recipe: Recipe) -> str:
     for file in sorted(reached, key=lambda file: file.name):
         content = file.read_bytes()
         digest.update(f"{file.name} {len(content)}\n".encode() + content)
-    return f"{edge.source.stem}-{digest.hexdigest()[:24]}"
+    return f"{edge.source.stem}-{digest.hexdigest()[:24]}.o"
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -261,7 +269,7 @@ def _remove_unused(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
+def _locked(path: Path, say: Say) -> Iterator[bool]:
     """Let one process at a time into the body; yield whether that is certain, which it is not on every file system."""
     with open(path, "ab") as file:
         alone = fcntl is not None
@@ -303,9 +311,8 @@ def _fsync(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _expected_s(recipe: Recipe) -> int:
+def _expected_s(plan: Plan, made: Sequence[Path], reused: Sequence[Path]) -> int:
     """Return a rough duration of a build, for the user's patience: by the size of the sources, on this machine."""
-    files = recipe.sources.cuda if recipe.kind == "cuda" else recipe.sources.cpu
-    work_s = SECONDS_PER_KB * sum(file.stat().st_size for file in files) / 1000
-    workers = min(os.cpu_count() or 1, len(files) or 1)
-    return 5 * (1 + int((3 + work_s / workers) / 5))
+    sizes = [edge.source.stat().st_size for edge, file in zip(plan.edges, made) if file not in reused]
+    longest = max([sum(sizes) / (os.cpu_count() or 1), *sizes])
+    return 5 * (1 + int((2 + SECONDS_PER_KB * longest / 1000) / 5))

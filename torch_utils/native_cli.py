@@ -49,7 +49,7 @@ def build_all(folder: Path, *, cuda: bool | None = None) -> list[Path]:
     if cuda:
         listed = re.findall(r"(\d+)\.(\d)", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
         recipes.append(cuda_recipe(sources, ["".join(pair) for pair in listed] or CUDA_ARCHITECTURES, facts))
-    return build_ahead(recipes, folder)
+    return build_ahead(recipes, folder, say=lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
