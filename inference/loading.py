@@ -30,7 +30,8 @@ def load_generator(source: str | Path, device: torch.device | str = "cpu") -> Tr
         source: a published pickle or a converted safetensors file, as a path, an http(s) URL or `hf://org/repo/file`;
             or `init:PRESET`, an untrained generator (always the same weights).
         device: where to put it; 'auto' is a GPU if there is one. For a GPU, cuDNN is told to be deterministic; for a
-            CPU, the C library is told to keep freed memory (see `torch_utils.memory.keep_freed_memory`).
+            CPU, freed memory is kept
+            (see `torch_utils.memory.keep_freed_memory`).
 
     Returns:
         The moving average of the generator (`G_ema`), in eval mode, not requiring gradients.

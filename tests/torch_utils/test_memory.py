@@ -1,94 +1,126 @@
-"""Freed memory stays with the process where the C library can be told so."""
+"""Large CPU tensors take the memory of freed ones, which stays bounded."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
 
 import pytest
 
-from torch_utils import memory
+from torch_utils import memory, native
 
-# Prints what the calls return, and the page faults of the second allocation of 96 MiB, after the first has been freed.
-SCRIPT = """
-import ctypes, resource
-import torch
-from torch_utils.memory import keep_freed_memory
-kept = [keep_freed_memory(), keep_freed_memory()]
-torch.ones(24 * 2**20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-total = torch.ones(24 * 2**20).sum()
-print(*kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-MAPPED_PAGES = 96 * 2**20 // 2**21  # at the most generous, with huge pages
+MIB = 2**20
+PAGE_FAULTS = "import resource\ndef page_faults():\n    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+RESIDENT = "import psutil\ndef resident():\n    return psutil.Process().memory_info().rss\n"
+
+needs_native = pytest.mark.skipif(native.load() is None, reason=f"no native library: {native.reason()}")
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Forget earlier calls; leave this process' allocator alone."""
-    monkeypatch.setattr(memory, "_kept", None)
-    monkeypatch.setattr(memory, "_OPTIONS", {})
-    monkeypatch.delenv("SPHEREHEAD_KEEP_MEMORY", raising=False)
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-
-
-def has_glibc() -> bool:
-    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
-
-
-def allocate_twice(repo_root, **environment) -> list[str]:
-    """Return what SCRIPT prints in a process of its own."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")}
-    command = [sys.executable, "-c", SCRIPT]
-    run = subprocess.run(
-        command, cwd=repo_root, env=inherited | environment, capture_output=True, text=True, check=True
-    )
+def run_in_new_process(repo_root, script: str, **environment: str) -> list[str]:
+    """Return the words that a script prints in a process whose allocator it may change."""
+    script = f"import torch\nfrom torch_utils.memory import *\n{PAGE_FAULTS}{RESIDENT}{script}"
+    command, inherited = [sys.executable, "-c", script], {"SPHEREHEAD_KEEP_MEMORY": "1"}
+    environment = os.environ | inherited | environment
+    run = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     return run.stdout.split()
 
 
-@pytest.mark.skipif(not has_glibc(), reason="the C library is not glibc")
-def test_keep_freed_memory_second_allocation_finds_its_pages_mapped(repo_root):
-    *kept, faults = allocate_twice(repo_root)
+FAULTS_OF_SECOND_TENSOR = f"""
+kept = [keep_freed_memory(), keep_freed_memory()]
+torch.ones({24 * MIB})
+before = page_faults()
+torch.ones({24 * MIB})
+print(*kept, page_faults() - before)
+"""
+MAPPED_PAGES = 96 // 2  # of 2 MiB each, the largest there are
+
+
+@needs_native
+def test_keep_freed_memory_second_tensor_finds_its_pages_mapped(repo_root):
+    *kept, faults = run_in_new_process(repo_root, FAULTS_OF_SECOND_TENSOR)
     assert kept == ["True", "True"]
     assert int(faults) < MAPPED_PAGES
 
 
-@pytest.mark.skipif(not has_glibc(), reason="the C library is not glibc")
-@pytest.mark.parametrize(
-    "environment", [{"SPHEREHEAD_KEEP_MEMORY": "0"}, {"GLIBC_TUNABLES": "glibc.malloc.top_pad=131072"}]
-)
-def test_keep_freed_memory_switched_off_leaves_the_allocator_alone(repo_root, environment):
-    *kept, faults = allocate_twice(repo_root, **environment)
+@pytest.mark.parametrize("environment", [{"SPHEREHEAD_KEEP_MEMORY": "0"}, {"SPHEREHEAD_NATIVE": "0"}])
+def test_keep_freed_memory_switched_off_returns_false(repo_root, environment):
+    *kept, faults = run_in_new_process(repo_root, FAULTS_OF_SECOND_TENSOR, **environment)
     assert kept == ["False", "False"]
     assert int(faults) >= MAPPED_PAGES
+
+
+@needs_native
+def test_keep_freed_memory_many_sizes_and_small_tensors_stay_bounded(repo_root):
+    script = f"""
+keep_freed_memory()
+before, small = resident(), []
+for i in range(60):
+    large = torch.ones({8 * MIB} + 40000 * i)  # 32 to 41 MiB
+    small.append(torch.ones(1000 + i))
+    del large
+print(resident() - before)
+"""
+    (growth,) = run_in_new_process(repo_root, script)
+    assert int(growth) < 80 * MIB  # 41 MiB, a quarter more, and what the first tensors load
+
+
+@needs_native
+def test_release_kept_memory_gives_back_what_was_kept(repo_root):
+    script = f"""
+before = release_kept_memory()
+keep_freed_memory()
+kept = torch.arange({4 * MIB})
+torch.ones({24 * MIB})
+full = resident()
+print(before, release_kept_memory(), full - resident(), kept[-1].item(), release_kept_memory())
+"""
+    before, released, shrunk, last, again = map(int, run_in_new_process(repo_root, script))
+    assert (before, last, again) == (0, 4 * MIB - 1, 0)
+    assert 96 * MIB <= released <= 112 * MIB  # sizes are rounded up by at most an eighth
+    assert shrunk > 90 * MIB
+
+
+@needs_native
+def test_keep_freed_memory_results_are_those_of_plain_memory(repo_root):
+    script = """
+def values():
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 300, 300)
+    empty, storage = torch.ones(0, 5), x.clone()
+    storage.resize_(2, 8, 300, 300)
+    for _ in range(3):
+        x = torch.nn.functional.conv2d(x, torch.full((8, 8, 3, 3), 0.1), padding=1).sin()
+    return x, storage[:1], empty.sum(), torch.from_numpy(x.numpy()).clone()
+plain = values()
+keep_freed_memory()
+print(all(torch.equal(a, b) for _ in range(2) for a, b in zip(plain, values())))
+"""
+    assert run_in_new_process(repo_root, script) == ["True"]
+
+
+@needs_native
+def test_keep_freed_memory_threads_and_forks_survive(repo_root):
+    script = f"""
+import os, threading
+keep_freed_memory()
+def work():
+    for i in range(50):
+        assert torch.full(({MIB // 2} + 1000 * i,), 3.0).mean() == 3
+threads = [threading.Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads]
+child = os.fork()
+if child == 0:
+    torch.empty({MIB})
+    os._exit(7)
+[thread.join() for thread in threads]
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run_in_new_process(repo_root, script) == ["7"]
 
 
 def test_keep_freed_memory_unknown_switch_raises_value_error(monkeypatch):
     monkeypatch.setenv("SPHEREHEAD_KEEP_MEMORY", "yes")
     with pytest.raises(ValueError, match="SPHEREHEAD_KEEP_MEMORY: expected 0 or 1, came 'yes'"):
         memory.keep_freed_memory()
-
-
-@pytest.mark.parametrize("library", [object(), None])
-def test_keep_freed_memory_with_another_c_library_returns_false(monkeypatch, library):
-    def open_library(name):
-        if library is None:
-            raise OSError("no such library")
-        return library
-
-    monkeypatch.setattr(ctypes, "CDLL", open_library)
-    assert memory.keep_freed_memory() is False
-
-
-def test_keep_freed_memory_refused_option_returns_false(monkeypatch):
-    class Refusing:
-        gnu_get_libc_version = None
-
-        def mallopt(self, option, value):
-            return 0
-
-    monkeypatch.setattr(memory, "_OPTIONS", {-4: 0})
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Refusing())
-    assert memory.keep_freed_memory() is False
