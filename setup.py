@@ -28,7 +28,7 @@ class BuildNative(build_py):
             # to be built with the PyTorch that they will run with, not with one that was fetched for the build.
             sight = [] if importlib.util.find_spec("torch") else ["-E"]
             folder = package / "torch_utils" / "ops" / "lib"
-            command = [sys.executable, *sight, "-m", "torch_utils.native", "--ahead", "--folder", str(folder)]
+            command = [sys.executable, *sight, "-m", "torch_utils.native", "ahead", "--folder", str(folder)]
             if subprocess.run([sys.executable, *sight, "-c", "import torch"], cwd=ROOT).returncode != 0:
                 raise SystemExit("SPHEREHEAD_BUILD_NATIVE=1: expected PyTorch in the environment; install it first")
             if subprocess.run(command, cwd=ROOT).returncode != 0:

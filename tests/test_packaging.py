@@ -40,8 +40,13 @@ esac
 
 
 @pytest.fixture(scope="module")
-def project(repo_root):
-    return tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+def pyproject(repo_root):
+    return tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def project(pyproject):
+    return pyproject["project"]
 
 
 def test_environment_yml_lists_what_pyproject_requires(repo_root, project):
@@ -61,8 +66,10 @@ def imports(path):
             yield node.module.split(".")[0]
 
 
-def test_every_imported_package_is_declared(repo_root, project):
+def test_every_imported_package_is_declared(repo_root, pyproject):
+    project = pyproject["project"]
     requirements = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    requirements += pyproject["build-system"]["requires"]  # setup.py imports setuptools
     distributions = [re.match(r"[A-Za-z0-9_-]+", requirement).group() for requirement in requirements]
     known = {IMPORT_NAMES.get(name, name) for name in distributions} | set(sys.stdlib_module_names) | {"tomllib"}
     listed = subprocess.run(["git", "ls-files", "-z", "*.py"], cwd=repo_root, capture_output=True, text=True)

@@ -146,8 +146,8 @@ def find_ninja() -> str:
     with contextlib.suppress(ImportError):
         import ninja
 
-        if found := shutil.which("ninja", path=ninja.BIN_DIR):
-            return found
+        if os.access(found := Path(ninja.BIN_DIR) / "ninja", os.X_OK):
+            return str(found)
     if found := shutil.which("ninja"):
         return found
     raise NativeBuildError("ninja is missing (pip install ninja)")
@@ -226,7 +226,7 @@ def _ninja_path(path: Path) -> str:
 
 
 def _object_name(edge: Edge, recipe: Recipe) -> str:
-    """Return a file name with a hash over what goes into an object: command, PyTorch, source, headers that it reaches."""
+    """Return a file name with a hash over what goes into an object: command, PyTorch, source, headers it reaches."""
     headers = {file.name: file for file in recipe.sources.headers}
     reached, waiting = [], [edge.source]
     while waiting:

@@ -55,12 +55,12 @@ def build_all(folder: Path, *, cuda: bool | None = None) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the state of the native kernels, or build them ahead of time; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m torch_utils.native", description=main.__doc__)
-    parser.add_argument("--ahead", action="store_true", help="build for all instruction sets, into the package")
-    parser.add_argument("--folder", type=Path, default=AHEAD_DIR, help="with --ahead: build elsewhere")
-    parser.add_argument("--cuda", action=argparse.BooleanOptionalAction, help="with --ahead: insist on CUDA kernels")
+    parser.add_argument("command", nargs="?", choices=("state", "ahead"), default="state", help="state if left out")
+    parser.add_argument("--folder", type=Path, default=AHEAD_DIR, help="ahead: build elsewhere than in the package")
+    parser.add_argument("--cuda", action=argparse.BooleanOptionalAction, help="ahead: build CUDA kernels or fail")
     options = parser.parse_args(arguments)
     try:
-        if options.ahead:
+        if options.command == "ahead":
             for library in build_all(options.folder, cuda=options.cuda):
                 print(library)
             return 0

@@ -295,8 +295,8 @@ def find_nvcc() -> str:
     """
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     for home in filter(None, homes):
-        if found := shutil.which("nvcc", path=str(Path(home) / "bin")):
-            return found
+        if os.access(found := Path(home) / "bin" / "nvcc", os.X_OK):
+            return str(found)
     if found := shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin"):
         return found
     raise NativeBuildError("nvcc not found (looked in $CUDA_HOME, $CUDA_PATH, $PATH and /usr/local/cuda)")
