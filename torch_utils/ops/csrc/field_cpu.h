@@ -15,7 +15,8 @@ namespace spherehead::SPHEREHEAD_ISA {
 // Memory that is handed out in aligned pieces.
 class Arena {
   public:
-    explicit Arena(std::int64_t bytes) : begin_(static_cast<char*>(std::aligned_alloc(kAlign, round_up(bytes)))), next_(begin_) {
+    explicit Arena(std::int64_t bytes)
+        : begin_(static_cast<char*>(std::aligned_alloc(kAlign, round_up(bytes)))), next_(begin_) {
         if (begin_ == nullptr) throw std::bad_alloc();
     }
     ~Arena() { std::free(begin_); }
@@ -36,7 +37,7 @@ class Arena {
 
   private:
     static constexpr std::int64_t kAlign = 64;
-    static std::int64_t round_up(std::int64_t bytes) { return (bytes + kAlign) / kAlign * kAlign; }
+    static std::int64_t round_up(std::int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
     char *begin_, *next_;
 };
 
@@ -150,16 +151,18 @@ struct PointBatch {
     }
 };
 
-// Neighbours along every axis of one plane, for a block of points.
-template <class T>
+// The texels around a block of points in one plane, and their weights.
+template <class T, int kDims>
 struct PlaneTaps {
-    static constexpr int kPoints = 64, kMaxDims = 3;
-    std::int32_t low[kMaxDims][kPoints], high[kMaxDims][kPoints];  // in elements of memory
-    T low_weight[kMaxDims][kPoints], high_weight[kMaxDims][kPoints];
-    T low_slope[kMaxDims][kPoints], high_slope[kMaxDims][kPoints];
+    static constexpr int kPoints = 64, kCorners = 1 << kDims;
+    std::int32_t offset[kCorners][kPoints];  // in elements of memory
+    T weight[kCorners][kPoints];             // of the interpolation
 
-    // `coordinates` of axis d begin at coordinates[d].
-    template <int kDims>
+    // Along each axis: of the lower and the higher neighbour.
+    T axis_weight[kDims][2][kPoints], axis_slope[kDims][2][kPoints];
+    std::int32_t axis_offset[kDims][2][kPoints];
+
+    // `coordinates[d]` are those of axis d: width, height, depth.
     void locate(const T* const (&coordinates)[kDims], std::int64_t count, const Field& field) {
         const std::int32_t sizes[3] = {std::int32_t(field.width), std::int32_t(field.height), std::int32_t(field.depth)};
         const std::int32_t strides[3] = {std::int32_t(field.column_stride), std::int32_t(field.row_stride),
@@ -170,47 +173,32 @@ struct PlaneTaps {
             SPHEREHEAD_SIMD
             for (std::int64_t i = 0; i < count; ++i) {
                 const AxisTaps<T> taps = AxisTaps<T>::at(along[i], size);
-                low[d][i] = taps.low * stride, high[d][i] = taps.high * stride;
-                low_weight[d][i] = taps.low_weight, high_weight[d][i] = taps.high_weight;
-                low_slope[d][i] = taps.low_slope, high_slope[d][i] = taps.high_slope;
+                axis_offset[d][0][i] = taps.low * stride, axis_offset[d][1][i] = taps.high * stride;
+                axis_weight[d][0][i] = taps.low_weight, axis_weight[d][1][i] = taps.high_weight;
+                axis_slope[d][0][i] = taps.low_slope, axis_slope[d][1][i] = taps.high_slope;
+            }
+        }
+        for (int corner = 0; corner < kCorners; ++corner) {
+            SPHEREHEAD_SIMD
+            for (std::int64_t i = 0; i < count; ++i) {
+                std::int32_t sum = 0;
+                T product = 1;
+                for (int d = 0; d < kDims; ++d) {
+                    sum += axis_offset[d][corner >> d & 1][i];
+                    product *= axis_weight[d][corner >> d & 1][i];
+                }
+                offset[corner][i] = sum, weight[corner][i] = product;
             }
         }
     }
 
-    // Calls f(offset, weight) for the 4 or 8 neighbours of point i.
-    template <int kDims, class F>
-    SPHEREHEAD_FN void for_each(std::int64_t i, const F& f) const {
-        for (int corner = 0; corner < (1 << kDims); ++corner) {
-            std::int64_t offset = 0;
-            T weight = 1;
-            for (int d = kDims - 1; d >= 0; --d) {
-                const bool is_high = corner >> d & 1;
-                offset += is_high ? high[d][i] : low[d][i];
-                weight *= is_high ? high_weight[d][i] : low_weight[d][i];
-            }
-            f(offset, weight);
-        }
-    }
-
-    // d weight / d coordinate of axis d of the neighbour `corner`.
-    template <int kDims>
-    SPHEREHEAD_FN T slope(std::int64_t i, int corner, int along) const {
+    // d weight / d coordinate along axis d.
+    SPHEREHEAD_FN T slope(int corner, int along, std::int64_t i) const {
         T product = 1;
-        for (int d = 0; d < kDims; ++d) {
-            const bool is_high = corner >> d & 1;
-            if (d == along)
-                product *= is_high ? high_slope[d][i] : low_slope[d][i];
-            else
-                product *= is_high ? high_weight[d][i] : low_weight[d][i];
-        }
+        for (int d = 0; d < kDims; ++d)
+            product *= d == along ? axis_slope[d][corner >> d & 1][i] : axis_weight[d][corner >> d & 1][i];
         return product;
     }
-};
-
-template <class T>
-struct Tap {
-    std::int64_t offset;
-    T weight;
 };
 
 // The field of one scene.
@@ -219,7 +207,8 @@ class FieldOfScene {
   public:
     using Batch = PointBatch<T, Representation>;
     static constexpr int kDims = Representation::kDims, kNumPlanes = Representation::kNumPlanes;
-    static constexpr int kCorners = 1 << kDims, kNumTaps = kNumPlanes * kCorners;
+    static constexpr int kCorners = 1 << kDims;
+    using Taps = PlaneTaps<T, kDims>;
 
     FieldOfScene(const Field& field, const Decoder<T>& decoder, std::int64_t scene)
         : field_(field), decoder_(decoder), planes_(static_cast<const T*>(field.planes) + scene * field.scene_stride) {}
@@ -227,8 +216,8 @@ class FieldOfScene {
     // Fills everything but the positions of points [begin, batch.count).
     void evaluate(Batch& batch, std::int64_t begin = 0) const {
         locate(batch, begin);
-        for (std::int64_t i = begin; i < batch.count; i += PlaneTaps<T>::kPoints)
-            look_up(batch, i, std::min(batch.count, i + PlaneTaps<T>::kPoints));
+        for (std::int64_t i = begin; i < batch.count; i += Taps::kPoints)
+            look_up(batch, i, std::min(batch.count, i + Taps::kPoints));
         const Decoder<T>& d = decoder_;
         const std::int64_t count = batch.count - begin;
         T* const hidden = batch.hidden + begin * d.hidden_padded;
@@ -272,27 +261,30 @@ class FieldOfScene {
 
     // From gradients of features [count, C'] to those of positions.
     void backward_positions(const Batch& batch, const T* g_features, T* gx, T* gy, T* gz) const {
-        constexpr int kPoints = PlaneTaps<T>::kPoints;
+        constexpr int kPoints = Taps::kPoints;
         T g_coordinates[Representation::kNumCoordinates][kPoints], g_weights[Representation::kNumWeights][kPoints];
-        PlaneTaps<T> taps;
+        T products[kCorners][kPoints];  // gradient . texel
+        Taps taps;
         for (std::int64_t begin = 0; begin < batch.count; begin += kPoints) {
             const std::int64_t count = std::min<std::int64_t>(kPoints, batch.count - begin);
             for (auto& row : g_coordinates) std::fill(row, row + kPoints, T(0));
             for (auto& row : g_weights) std::fill(row, row + kPoints, T(0));
             for (int p = 0; p < kNumPlanes; ++p) {
                 locate_plane(batch, p, begin, count, taps);
-                const T* const plane = planes_ + p * field_.plane_stride;
+                texel_products(p, taps, count, g_features + begin * decoder_.channels_padded, products);
                 const T* const weights = batch.weights + Representation::group(p) * batch.capacity + begin;
-                for (std::int64_t i = 0; i < count; ++i) {
-                    T products[kCorners];  // g_features . texel
-                    texel_products(plane, taps, i, g_features + (begin + i) * decoder_.channels_padded, products);
-                    T value = 0, slopes[kDims] = {};
-                    int corner = 0;
-                    taps.template for_each<kDims>(i, [&](std::int64_t, T w) { value += w * products[corner++]; });
-                    for (int c = 0; c < kCorners; ++c)
-                        for (int d = 0; d < kDims; ++d) slopes[d] += taps.template slope<kDims>(i, c, d) * products[c];
-                    g_weights[Representation::group(p)][i] += value;
-                    for (int d = 0; d < kDims; ++d) g_coordinates[Representation::axis(p, d)][i] += weights[i] * slopes[d];
+                T* const g_weight = g_weights[Representation::group(p)];
+                for (int corner = 0; corner < kCorners; ++corner) {
+                    SPHEREHEAD_SIMD
+                    for (std::int64_t i = 0; i < count; ++i) g_weight[i] += taps.weight[corner][i] * products[corner][i];
+                }
+                for (int d = 0; d < kDims; ++d) {
+                    T* const g_coordinate = g_coordinates[Representation::axis(p, d)];
+                    for (int corner = 0; corner < kCorners; ++corner) {
+                        SPHEREHEAD_SIMD
+                        for (std::int64_t i = 0; i < count; ++i)
+                            g_coordinate[i] += weights[i] * taps.slope(corner, d, i) * products[corner][i];
+                    }
                 }
             }
             SPHEREHEAD_SIMD
@@ -312,12 +304,11 @@ class FieldOfScene {
     // in a batch with room for `capacity` points.
     void scatter(T* g_planes, int plane, std::int64_t row_begin, std::int64_t row_end, std::int64_t count,
                  std::int64_t capacity, const T* coordinates, const T* weights, const T* g_features) const {
-        constexpr int kPoints = PlaneTaps<T>::kPoints;
-        constexpr int kRowCorner = 2;  // the bit of a corner that stands for the height axis
+        constexpr int kPoints = Taps::kPoints;
         const std::int64_t low_row = row_begin * field_.row_stride, high_row = row_end * field_.row_stride;
         T* const to = g_planes + plane * field_.plane_stride;
         weights += Representation::group(plane) * capacity;
-        PlaneTaps<T> taps;
+        Taps taps;
         for (std::int64_t begin = 0; begin < count; begin += kPoints) {
             const std::int64_t block = std::min<std::int64_t>(kPoints, count - begin);
             const T* along[kDims];
@@ -325,13 +316,11 @@ class FieldOfScene {
             taps.locate(along, block, field_);
             for (std::int64_t i = 0; i < block; ++i) {
                 const T* const g = g_features + (begin + i) * decoder_.channels_padded;
-                const std::int32_t rows[2] = {taps.low[1][i], taps.high[1][i]};
-                int corner = 0;
-                taps.template for_each<kDims>(i, [&](std::int64_t offset, T weight) {
-                    const std::int32_t row = rows[(corner++ & kRowCorner) != 0];
+                for (int corner = 0; corner < kCorners; ++corner) {
+                    const std::int32_t row = taps.axis_offset[1][corner >> 1 & 1][i];
                     if (row >= low_row && row < high_row)
-                        add_channels(to + offset, weight * weights[begin + i], g);
-                });
+                        add_channels(to + taps.offset[corner][i], taps.weight[corner][i] * weights[begin + i], g);
+                }
             }
         }
     }
@@ -350,7 +339,7 @@ class FieldOfScene {
         }
     }
 
-    void locate_plane(const Batch& batch, int plane, std::int64_t begin, std::int64_t count, PlaneTaps<T>& taps) const {
+    void locate_plane(const Batch& batch, int plane, std::int64_t begin, std::int64_t count, Taps& taps) const {
         const T* along[kDims];
         for (int d = 0; d < kDims; ++d)
             along[d] = batch.coordinates + Representation::axis(plane, d) * batch.capacity + begin;
@@ -358,51 +347,58 @@ class FieldOfScene {
     }
 
     void look_up(Batch& batch, std::int64_t begin, std::int64_t end) const {
-        static thread_local PlaneTaps<T> taps[kNumPlanes];
-        for (int p = 0; p < kNumPlanes; ++p) locate_plane(batch, p, begin, end - begin, taps[p]);
-        for (std::int64_t i = 0; i < end - begin; ++i) {
-            Tap<T> all[kNumTaps];
-            int n = 0;
-            for (int p = 0; p < kNumPlanes; ++p) {
-                const T factor = batch.weights[Representation::group(p) * batch.capacity + begin + i];
-                const std::int64_t plane = p * field_.plane_stride;
-                taps[p].template for_each<kDims>(i, [&](std::int64_t offset, T weight) {
-                    all[n++] = {plane + offset, weight * factor};
-                });
+        Taps taps[kNumPlanes];
+        for (int p = 0; p < kNumPlanes; ++p) {
+            locate_plane(batch, p, begin, end - begin, taps[p]);
+            const T* const factors = batch.weights + Representation::group(p) * batch.capacity + begin;
+            for (int corner = 0; corner < kCorners; ++corner) {
+                SPHEREHEAD_SIMD
+                for (std::int64_t i = 0; i < end - begin; ++i) taps[p].weight[corner][i] *= factors[i];
             }
-            sum_taps(all, batch.features + (begin + i) * decoder_.channels_padded);
         }
+        for (std::int64_t i = 0; i < end - begin; ++i)
+            sum_taps(taps, i, batch.features + (begin + i) * decoder_.channels_padded);
     }
 
-    void sum_taps(const Tap<T> (&taps)[kNumTaps], T* out) const {
+    // Calls f(texel, weight) for all neighbours of point i.
+    template <class F>
+    SPHEREHEAD_FN void for_each_tap(const Taps (&taps)[kNumPlanes], std::int64_t i, const F& f) const {
+        for (int p = 0; p < kNumPlanes; ++p)
+            for (int corner = 0; corner < kCorners; ++corner)
+                f(planes_ + p * field_.plane_stride + taps[p].offset[corner][i], taps[p].weight[corner][i]);
+    }
+
+    void sum_taps(const Taps (&taps)[kNumPlanes], std::int64_t i, T* out) const {
         constexpr int L = kNativeLanes<T>;
         std::int64_t c = 0;
-        for (; c + 4 * L <= field_.channels; c += 4 * L) sum_taps_of<L, 4>(taps, c, out);
-        for (; c + 2 * L <= field_.channels; c += 2 * L) sum_taps_of<L, 2>(taps, c, out);
-        for (; c + 8 <= field_.channels; c += 8) sum_taps_of<kSmallLanes, 8 / kSmallLanes>(taps, c, out);
+        for (; c + 4 * L <= field_.channels; c += 4 * L) sum_taps_of<L, 4>(taps, i, c, out);
+        for (; c + 2 * L <= field_.channels; c += 2 * L) sum_taps_of<L, 2>(taps, i, c, out);
+        for (; c + 8 <= field_.channels; c += 8) sum_taps_of<kSmallLanes, 8 / kSmallLanes>(taps, i, c, out);
     }
 
     template <int L, int kVectors>
-    SPHEREHEAD_FN void sum_taps_of(const Tap<T> (&taps)[kNumTaps], std::int64_t channel, T* out) const {
+    SPHEREHEAD_FN void sum_taps_of(const Taps (&taps)[kNumPlanes], std::int64_t i, std::int64_t channel, T* out) const {
         Vec<T, L> sums[kVectors] = {};
-        for (const Tap<T>& tap : taps)
-            for (int v = 0; v < kVectors; ++v)
-                sums[v] += tap.weight * load<T, L>(planes_ + tap.offset + channel + v * L);
+        for_each_tap(taps, i, [&](const T* texel, T weight) {
+            for (int v = 0; v < kVectors; ++v) sums[v] += weight * load<T, L>(texel + channel + v * L);
+        });
         for (int v = 0; v < kVectors; ++v) store<T, L>(out + channel + v * L, sums[v]);
     }
 
-    void texel_products(const T* plane, const PlaneTaps<T>& taps, std::int64_t i, const T* g,
-                        T (&products)[kCorners]) const {
+    void texel_products(int p, const Taps& taps, std::int64_t count, const T* g_features,
+                        T (&products)[kCorners][Taps::kPoints]) const {
         constexpr int L = kSmallLanes;
-        Vec<T, L> sums[kCorners] = {};
-        std::int64_t offsets[kCorners];
-        int corner = 0;
-        taps.template for_each<kDims>(i, [&](std::int64_t offset, T) { offsets[corner++] = offset; });
-        for (std::int64_t c = 0; c < field_.channels; c += L) {
-            const Vec<T, L> gradient = load<T, L>(g + c);
-            for (int k = 0; k < kCorners; ++k) sums[k] += gradient * load<T, L>(plane + offsets[k] + c);
+        const T* const plane = planes_ + p * field_.plane_stride;
+        for (std::int64_t i = 0; i < count; ++i) {
+            const T* const g = g_features + i * decoder_.channels_padded;
+            Vec<T, L> sums[kCorners] = {};
+            for (std::int64_t c = 0; c < field_.channels; c += L) {
+                const Vec<T, L> gradient = load<T, L>(g + c);
+                for (int corner = 0; corner < kCorners; ++corner)
+                    sums[corner] += gradient * load<T, L>(plane + taps.offset[corner][i] + c);
+            }
+            for (int corner = 0; corner < kCorners; ++corner) products[corner][i] = sum_lanes<T, L>(sums[corner]);
         }
-        for (int k = 0; k < kCorners; ++k) products[k] = sum_lanes<T, L>(sums[k]);
     }
 
     void add_channels(T* to, T weight, const T* g) const {

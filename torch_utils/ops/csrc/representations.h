@@ -145,8 +145,11 @@ struct TriGrid {
 };
 
 // Calls f.template operator()<Representation<T>>() for a RepresentationId; false for an unknown one.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // f is for the host or for the device
+#endif
 template <class T, class F>
-bool with_representation(std::int64_t id, const F& f) {
+SPHEREHEAD_FN bool with_representation(std::int64_t id, const F& f) {
     switch (id) {
         case kDualSpherical: f.template operator()<DualSpherical<T>>(); return true;
         case kTriPlane: f.template operator()<TriPlane<T>>(); return true;
@@ -163,21 +166,26 @@ struct AxisTaps {
     std::int32_t low, high;
     T low_weight, high_weight, low_slope, high_slope;
 
+    // Without branches, and with comparisons of numbers of one type alone, so that loops over it vectorise.
     SPHEREHEAD_FN static AxisTaps at(T coordinate, std::int32_t size) {
-        const T position = ((coordinate + T(1)) * T(size) - T(1)) * T(0.5);
+        const T last = T(size - 1), position = ((coordinate + T(1)) * T(size) - T(1)) * T(0.5);
         const T limited = clamp_to(position, T(-2), T(size));
-        const T below = round_down(limited);
-        const std::int32_t index = static_cast<std::int32_t>(below >= T(-2) ? below : T(-2));  // NaN has an index, too
-        const T fraction = limited - below, slope = T(size) * T(0.5);
-        const bool has_low = (index >= 0) & (index < size), has_high = (index >= -1) & (index < size - 1);
+        const T below = round_down(limited), fraction = limited - below, slope = T(size) * T(0.5);
+        const bool has_low = (below >= T(0)) & (below <= last), has_high = (below >= T(-1)) & (below < last);
         AxisTaps taps;
-        taps.low = min_of(max_of(index, 0), size - 1);
-        taps.high = min_of(max_of(index + 1, 0), size - 1);
+        taps.low = index_of(below, last), taps.high = index_of(below + T(1), last);
         taps.low_weight = has_low ? T(1) - fraction : fraction * T(0);  // NaN passes through
         taps.high_weight = has_high ? fraction : fraction * T(0);
         taps.low_slope = has_low ? -slope : T(0);
         taps.high_slope = has_high ? slope : T(0);
         return taps;
+    }
+
+  private:
+    // The nearest index of a texel; NaN has one, too.
+    SPHEREHEAD_FN static std::int32_t index_of(T position, T last) {
+        position = position > T(0) ? position : T(0);
+        return static_cast<std::int32_t>(position < last ? position : last);
     }
 };
 

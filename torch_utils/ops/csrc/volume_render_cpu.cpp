@@ -12,7 +12,7 @@
 namespace spherehead::SPHEREHEAD_ISA {
 namespace {
 
-constexpr std::int64_t kRaysPerTask = 16, kPointsPerTask = 768;
+constexpr std::int64_t kRaysPerTask = 16, kPointsPerTask = 1536;
 
 template <class T>
 const T* row(const void* data, std::int64_t index, std::int64_t width) {
