@@ -226,9 +226,9 @@ def version_of(command: Sequence[str]) -> str:
 
 def _cpu_plan(recipe: Recipe, folder: Path) -> Plan:
     compiler, torch = recipe.tools["command"], recipe.torch
-    openmp = _try_compiler(compiler, folder)
+    _check_language(compiler, folder)
+    openmp, libraries = _openmp_flags(compiler, torch, folder)
     shared = [*compiler, *COMPILE_FLAGS, *openmp]
-    libraries = _openmp_library(openmp, torch)
     if recipe.sources.need_torch():
         shared += [f"-I{torch.include_dir}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}"]
         libraries = [f"-L{torch.library_dir}", "-ltorch_cpu", "-lc10", *libraries]
@@ -240,23 +240,34 @@ def _cpu_plan(recipe: Recipe, folder: Path) -> Plan:
     return Plan(edges=tuple(edges), link=(*compiler, "-shared"), libraries=tuple(libraries))
 
 
-def _try_compiler(compiler: list[str], folder: Path) -> list[str]:
-    """Check that the compiler makes shared libraries of C++20; return ["-fopenmp"] if it can, as Apple's cannot."""
-    probe = folder / "probe.cpp"
+def _check_language(compiler: list[str], folder: Path) -> None:
+    """Raise NativeBuildError unless the compiler makes shared libraries of C++20."""
     concept = "template <class T> concept Sized = sizeof(T) > 0;\n"
-    probe.write_text(f"#include <cstdint>\n{concept}int f(Sized auto x) {{ return x; }}\nint g() {{ return f(1); }}\n")
-    command = [*compiler, "-std=c++20", "-fPIC", "-shared", str(probe), "-o", str(folder / "probe.so")]
+    (folder / "language.cpp").write_text(f"#include <vector>\n{concept}int f(Sized auto x) {{ return x; }}\n")
+    command = [*compiler, "-std=c++20", "-fPIC", "-shared", "language.cpp", "-o", "language.so"]
     done = run_logged(command, folder)
     if done.returncode != 0:
         shown = first_error(done.stdout) or f"exit status {done.returncode}"
         raise NativeBuildError(f"{shlex.join(compiler)} cannot compile C++20: {shown}")
-    return ["-fopenmp"] if run_logged([*command, "-fopenmp"], folder).returncode == 0 else []
 
 
-def _openmp_library(openmp: list[str], torch: TorchFacts) -> list[str]:
-    """Return how to link OpenMP: with the very file that PyTorch brings, so that both share one pool of threads."""
-    bundled = sorted(torch.library_dir.glob("libgomp*.so*"))
-    return [str(bundled[0])] if openmp and len(bundled) == 1 else openmp
+def _openmp_flags(compiler: list[str], torch: TorchFacts, folder: Path) -> tuple[list[str], list[str]]:
+    """Return how to compile and how to link with OpenMP; nothing where it is not there, as in Apple's compiler.
+
+    Linking with the very file that PyTorch brings lets both share one pool of threads. Clang, whose code calls another
+    library, cannot, and takes its own.
+    """
+    loop = "int f() {\n    int n = 0;\n#pragma omp parallel\n    n = omp_get_num_threads();\n    return n;\n}\n"
+    (folder / "openmp.cpp").write_text(f"#include <omp.h>\n{loop}")
+    bundled = sorted(map(str, torch.library_dir.glob("libgomp*.so*")))
+    whole = [] if sys.platform == "darwin" else ["-Wl,-z,defs"]  # a symbol that is missing is an error
+    objects = [*compiler, "-fopenmp", "-fPIC", "-c", "openmp.cpp", "-o", "openmp.o"]
+    if run_logged(objects, folder).returncode == 0:
+        for libraries in ([bundled] if len(bundled) == 1 else []) + [["-fopenmp"]]:
+            link = [*compiler, "-shared", *whole, "openmp.o", "-o", "openmp.so", *libraries]
+            if run_logged(link, folder).returncode == 0:
+                return ["-fopenmp"], libraries
+    return [], []
 
 
 # CUDA -----------------------------------------------------------------------------------------------------------------

@@ -299,6 +299,21 @@ def test_load_compiler_without_openmp_goes_without(project):
 
 
 @needs_compiler
+def test_openmp_library_of_another_compiler_is_not_linked(tmp_path):
+    compiler = native_recipes.find_compiler()
+    facts = TorchFacts(version="0", include_dir=tmp_path, library_dir=tmp_path / "lib")
+    facts.library_dir.mkdir()
+    if native_recipes._openmp_flags(compiler, facts, tmp_path) != (["-fopenmp"], ["-fopenmp"]):
+        pytest.skip("needs a compiler with OpenMP")
+    bundled = facts.library_dir / "libgomp-0123.so.1"
+    (tmp_path / "empty.cpp").touch()
+    subprocess.run([*compiler, "-shared", tmp_path / "empty.cpp", "-o", bundled], check=True)
+    assert native_recipes._openmp_flags(compiler, facts, tmp_path) == (["-fopenmp"], ["-fopenmp"])
+    found = native_recipes._openmp_flags(compiler, TorchFacts.installed(), tmp_path)
+    assert found[0] == ["-fopenmp"]
+
+
+@needs_compiler
 def test_load_cache_not_writable_uses_a_private_temporary_folder(project, monkeypatch, tmp_path):
     project.cache.write_text("a file where the folder should be")
     (tmp_path / "tmp").mkdir()
