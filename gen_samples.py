@@ -46,6 +46,7 @@ def _say_without_effect(ctx: click.Context, param: click.Parameter, value: int |
 @cli.noise_options()
 @cli.option("--class", "class_index", type=int, hidden=True, expose_value=False, callback=_say_without_effect)
 @cli.reload_modules_option()
+@cli.renderer_option()
 @cli.device_option()
 @cli.output_options(outdir_help="Strips go to OUTDIR/<network>_<pose-cond>; without it to samples_<network> beside it.")
 @cli.cli_errors()
@@ -64,6 +65,7 @@ def generate_samples(
     shape_level: float,
     noise_mode: str,
     noise_seed: int,
+    renderer: str,
     device: str,
     outdir: Path | None,
     overwrite: bool,
@@ -87,12 +89,21 @@ def generate_samples(
     shape_settings = ShapeSettings(resolution=shape_res, level=shape_level)
     if dry_run:
         plan = {"network": network, "files": [*strips.values(), *shape_files.values()], "image_mode": image_mode}
-        cli.print_dry_run({**plan, "truncation": truncation, "noise": noise, "fov_deg": fov_deg, "device": device})
+        cli.print_dry_run(
+            {
+                **plan,
+                "truncation": truncation,
+                "noise": noise,
+                "fov_deg": fov_deg,
+                "renderer": renderer,
+                "device": device,
+            }
+        )
         return
     own_seeds = distributed.shard(list(strips))
     prepare_outputs([files[seed] for files in (strips, shape_files) if files for seed in own_seeds], overwrite)
 
-    generator = load_generator(network, distributed.resolve_device(device))
+    generator = load_generator(network, distributed.resolve_device(device), renderer)
     if is_untrained(network):
         click.echo(f"{network} is untrained: expect fog, not heads.", err=True)
     labels = strip_labels(generator, fov_deg)

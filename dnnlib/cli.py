@@ -248,6 +248,16 @@ def device_option() -> Decorator:
     return option("--device", type=Device(), default="auto", help="Where to compute; auto takes a GPU if there is one.")
 
 
+def renderer_option() -> Decorator:
+    """Add ``--renderer`` (parameter ``renderer``: auto, fused or reference)."""
+    return option(
+        "--renderer",
+        type=click.Choice(["auto", "fused", "reference"]),
+        default="auto",
+        help="Volume renderer: the fused op where there is one, that op or an error, or plain PyTorch.",
+    )
+
+
 def seeds_option(required: bool = True) -> Decorator:
     """Add ``--seeds`` (parameter ``seeds``: list of int, or None where not required and not given)."""
     return option("--seeds", type=SeedList(), required=required, help="Random seeds, such as 0-3,7.")

@@ -59,6 +59,7 @@ def video_options(
         cli.option("--fps", type=cli.POSITIVE_INT, default=fps, help="Frames per second."),
         cli.noise_options(),
         cli.reload_modules_option(),
+        cli.renderer_option(),
         cli.device_option(),
         cli.option(
             "--output", type=_FILE, help="Name of the video, ending in .mp4, instead of a name from the network."

@@ -13,6 +13,7 @@ from torch_utils.memory import keep_freed_memory
 from training.config import require
 from training.presets import generator_preset
 from training.triplane import TriPlaneGenerator
+from training.volumetric_rendering.renderer import RendererChoice
 
 _INIT_PREFIX = "init:"
 _INIT_SEED = 0
@@ -23,21 +24,24 @@ def is_untrained(source: str | Path) -> bool:
     return str(source).startswith(_INIT_PREFIX)
 
 
-def load_generator(source: str | Path, device: torch.device | str = "cpu") -> TriPlaneGenerator:
+def load_generator(
+    source: str | Path, device: torch.device | str = "cpu", renderer: RendererChoice = "auto"
+) -> TriPlaneGenerator:
     """Load a generator for inference.
 
     Args:
         source: a published pickle or a converted safetensors file, as a path, an http(s) URL or `hf://org/repo/file`;
             or `init:PRESET`, an untrained generator (always the same weights).
         device: where to put it; 'auto' is a GPU if there is one. For a GPU, cuDNN is told to be deterministic; for a
-            CPU, freed memory is kept
-            (see `torch_utils.memory.keep_freed_memory`).
+            CPU, freed memory is kept (see `torch_utils.memory.keep_freed_memory`).
+        renderer: what renders the volume; see `ImportanceRenderer`.
 
     Returns:
         The moving average of the generator (`G_ema`), in eval mode, not requiring gradients.
 
     Raises:
-        ValueError: the file is no snapshot, or holds no `G_ema`; or the device is not there.
+        ValueError: the file is no snapshot, or holds no `G_ema`; or the device is not there; or a fused renderer is
+            asked for and not there.
         OSError: the file cannot be read.
     """
     device = resolve_device(str(device))
@@ -55,4 +59,5 @@ def load_generator(source: str | Path, device: torch.device | str = "cpu") -> Tr
         with open_url(str(source)) as file:
             generator = load_network_pkl(file, only=["G_ema"])["G_ema"]
         require(generator is not None, str(source), "a network G_ema", None)
+    generator.renderer.choose(renderer, device)
     return generator.to(device)

@@ -51,7 +51,7 @@ def density_volume(head: Head, settings: ShapeSettings, progress: bool = False) 
     chunks = shape_utils.voxel_grid_chunks(inner, inner_side, settings.chunk_points, head.ws.device)
     with tqdm(total=inner**3, desc="density", unit="voxel", unit_scale=True, disable=not progress, leave=False) as bar:
         for run, points in chunks:
-            sigma[run] = generator.query(field, points.unsqueeze(0))[0][0].float().cpu().numpy()
+            sigma[run] = generator.query_density(field, points.unsqueeze(0))[0].float().cpu().numpy()
             bar.update(len(points))
     volume = np.full((n, n, n), REMOVED_SIGMA, np.float32)
     kept = slice(border, n - border)

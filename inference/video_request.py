@@ -22,6 +22,7 @@ from inference.video import FrameShapes, VideoSettings, write_video
 from torch_utils import distributed
 from training.config import NoiseMode, require
 from training.triplane import TriPlaneGenerator
+from training.volumetric_rendering.renderer import RendererChoice
 
 # What numpy and zipfile raise for damaged archives; RuntimeError is for encryption and unknown compression.
 _DAMAGED_ARCHIVE = (KeyError, ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -50,6 +51,7 @@ class VideoRequest:
     outdir: Path | None = None
     output: Path | None = None
     """File of the video, instead of a name derived from the network."""
+    renderer: RendererChoice = "auto"
     device: str = "auto"
     overwrite: bool = False
 
@@ -161,7 +163,7 @@ def make_videos(request: VideoRequest) -> Iterator[Path]:
     prepare_outputs(outputs, request.overwrite)
     if not videos:
         return
-    generator = load_generator(request.network, distributed.resolve_device(request.device))
+    generator = load_generator(request.network, distributed.resolve_device(request.device), request.renderer)
     rendering = generator.rendering_kwargs
     for key in ("depth_resolution", "depth_resolution_importance"):
         rendering[key] = int(rendering[key] * request.sample_mult)

@@ -224,7 +224,7 @@ class TriPlaneGenerator(nn.Module):
         options = options or SynthesisOptions()
         ws = ws.to(self.backbone.mapping.fc0.weight.dtype)
         ws_bcg = ws if ws_bcg is None else ws_bcg.to(ws.dtype)
-        planes = self.renderer.representation.unpack(self._plane_image(ws, options))
+        planes = self.renderer.prepare_planes(self.renderer.representation.unpack(self._plane_image(ws, options)))
         return RadianceField(ws, planes, ws_bcg, self.bcg_synthesis, options)
 
     def _plane_image(self, ws: torch.Tensor, options: SynthesisOptions) -> torch.Tensor:
@@ -295,11 +295,18 @@ class TriPlaneGenerator(nn.Module):
 
     def query(self, field: RadianceField, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return raw density `[B, M]` and colour features `[B, M, 32]` at world coordinates `[B, M, 3]`."""
+        return self._query(field, points)
+
+    def query_density(self, field: RadianceField, points: torch.Tensor) -> torch.Tensor:
+        """Return raw density `[B, M]` at world coordinates `[B, M, 3]`."""
+        return self._query(field, points, need_colors=False)[0]
+
+    def _query(
+        self, field: RadianceField, points: torch.Tensor, need_colors: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         _require_batch("points", points, field)
-        points = points.to(field.planes.dtype)
-        return self.renderer.query(
-            field.planes, self.decoder, points, self.config.rendering, generator=field.options.generator
-        )
+        points, config = points.to(field.planes.dtype), self.config.rendering
+        return self.renderer.query(field.planes, self.decoder, points, config, field.options.generator, need_colors)
 
     def point_colors(self, field: RadianceField, points: torch.Tensor) -> torch.Tensor:
         """Return colours `[B, M, 3]`, nominally in [-1, 1], of world coordinates `[B, M, 3]` (no super-resolution)."""

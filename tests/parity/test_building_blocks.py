@@ -15,7 +15,8 @@ from training.representations import make_representation, spherical_coordinates
 from training.volumetric_rendering.depth_sampling import importance_depths
 from training.volumetric_rendering.math_utils import intersect_box
 from training.volumetric_rendering.ray_marcher import (
-    composite_depth,
+    expected_depth,
+    limit_depth,
     render_weight_from_density,
     sample_weights_from_intervals,
 )
@@ -24,6 +25,11 @@ from training.volumetric_rendering.ray_sampler import sample_rays
 VECTORS = read_json_gz("building_blocks")
 FIR = setup_filter(RESAMPLE_TAPS)
 ROUNDING = 1e-6  # one formula in float32; the reference values have 8 digits
+
+
+def composite_depth(weights: torch.Tensor, depths: torch.Tensor, clamp: str) -> torch.Tensor:
+    depth_range = torch.stack([depths[..., 0], depths[..., -1]], dim=-1)
+    return limit_depth(expected_depth(weights, depths), weights.sum(dim=-1), depth_range, clamp)
 
 
 def normals(seed: int, *shape: int) -> torch.Tensor:

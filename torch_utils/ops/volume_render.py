@@ -109,22 +109,29 @@ def unsupported(
     representation: Representation, planes: torch.Tensor, decoder: OSGDecoder, config: RenderingConfig
 ) -> str | None:
     """Return why the fused ops cannot do this call, or None if they can."""
-    name = representation_name(representation)
-    if name not in LAYOUTS:
-        return f"there is no kernel for the representation {type(representation).__name__}"
+    reason = no_kernel(representation, planes.device, _compute_dtype(planes))
+    if reason is not None:
+        return reason
     if type(decoder) is not OSGDecoder:
         return f"there is no kernel for the decoder {type(decoder).__name__}"
     if planes.numel() == 0:
         return f"planes are empty: {tuple(planes.shape)}"
-    channels = planes.shape[LAYOUTS[name].channel_axis]
+    channels = planes.shape[LAYOUTS[representation_name(representation)].channel_axis]
     if channels % _CHANNEL_MULTIPLE != 0:
         return f"planes have {channels} channels, not a multiple of {_CHANNEL_MULTIPLE}"
     if planes[0].numel() >= _MAX_SCENE_ELEMENTS:
         return f"planes of one scene have {planes[0].numel()} elements, not less than {_MAX_SCENE_ELEMENTS}"
     if config.depth_resolution + config.depth_resolution_importance > _MAX_SAMPLES:
         return f"more than {_MAX_SAMPLES} samples per ray"
-    if not ops.has_kernel(planes.device, _compute_dtype(planes)):
-        return native.reason() or f"there is no kernel for {planes.dtype} on {planes.device.type}"
+    return None
+
+
+def no_kernel(representation: Representation, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why there are no kernels for a representation on a device, or None if there are."""
+    if representation_name(representation) not in LAYOUTS:
+        return f"there is no kernel for the representation {type(representation).__name__}"
+    if not ops.has_kernel(device, dtype):
+        return native.reason() or f"there is no kernel for {dtype} on {device.type}"
     return None
 
 
@@ -161,5 +168,7 @@ def _checked_draw(
     if samples == 0 or (name.endswith("noise") and config.density_noise == 0):
         return None
     expected = (*shape, samples)
-    require(draw is not None and draw.shape == expected, name, f"shape {expected}", draw if draw is None else draw.shape)
+    require(
+        draw is not None and draw.shape == expected, name, f"shape {expected}", draw if draw is None else draw.shape
+    )
     return draw.to(_compute_dtype(planes)).contiguous()

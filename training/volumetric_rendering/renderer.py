@@ -17,16 +17,29 @@ RendererChoice = Literal["auto", "fused", "reference"]
 
 
 class ImportanceRenderer(nn.Module):
-    """The renderer of one representation; it has no parameters.
+    """The renderer of one representation; it has no parameters."""
 
-    Attributes:
-        choice: 'auto' takes the fused op where there is one for the call; 'fused' raises where there is none;
-            'reference' takes plain PyTorch.
-    """
-
-    def __init__(self, representation: Representation, choice: RendererChoice = "auto") -> None:
+    def __init__(self, representation: Representation) -> None:
         super().__init__()
-        self.representation, self.choice = representation, choice
+        self.representation = representation
+        self.choice: RendererChoice = "auto"
+
+    def choose(self, choice: RendererChoice, device: torch.device | str = "cpu") -> None:
+        """Choose what renders from now on.
+
+        Args:
+            choice: 'auto' takes the fused op where there is one for the call; 'fused' raises where there is none;
+                'reference' takes plain PyTorch.
+            device: where it is going to render.
+
+        Raises:
+            ValueError: 'fused', and there is no kernel for the representation on the device; or another choice.
+        """
+        require(choice in get_args(RendererChoice), "renderer", " or ".join(get_args(RendererChoice)), choice)
+        if choice == "fused":
+            reason = fused.no_kernel(self.representation, torch.device(device), torch.float32)
+            require(reason is None, "renderer", "'auto' or 'reference', since 'fused' cannot run here", reason)
+        self.choice = choice
 
     def forward(
         self,
@@ -77,7 +90,6 @@ class ImportanceRenderer(nn.Module):
         return planes if self.choice == "reference" else fused.prepare_planes(self.representation, planes)
 
     def _is_fused(self, planes: torch.Tensor, decoder: OSGDecoder, config: RenderingConfig) -> bool:
-        require(self.choice in get_args(RendererChoice), "renderer", " or ".join(get_args(RendererChoice)), self.choice)
         if self.choice == "reference":
             return False
         reason = fused.unsupported(self.representation, planes, decoder, config)

@@ -7,7 +7,12 @@ import torch
 
 from tests.helpers import twins
 from training.config import RenderingConfig
-from training.volumetric_rendering.depth_sampling import importance_depths, sample_pdf, stratified_depths
+from training.volumetric_rendering.depth_sampling import (
+    importance_depths,
+    ray_limits,
+    sample_pdf,
+    stratified_depths,
+)
 
 ROUNDING = {"rtol": 1e-11, "atol": 1e-11}  # float64, one formula in another order
 AUTO = {"ray_start": "auto", "ray_end": "auto"}
@@ -19,6 +24,10 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def config(num_coarse: int = 6, num_fine: int = 0, **fields) -> RenderingConfig:
     return RenderingConfig(depth_resolution=num_coarse, depth_resolution_importance=num_fine, **fields)
+
+
+def coarse_depths(origins, directions, jitter: torch.Tensor, settings: RenderingConfig) -> torch.Tensor:
+    return stratified_depths(*ray_limits(origins, directions, settings), jitter, settings)
 
 
 def axis_rays(offsets: list[float], distance: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +44,7 @@ def axis_rays(offsets: list[float], distance: float = 2.0) -> tuple[torch.Tensor
 def test_stratified_depths_equal_loops(num_samples, disparity):
     jitter = rand(2, 3, num_samples)
     rays = torch.zeros(2, 3, 3, dtype=torch.float64)
-    ours = stratified_depths(rays, rays, jitter, config(num_samples, disparity_space_sampling=disparity))
+    ours = coarse_depths(rays, rays, jitter, config(num_samples, disparity_space_sampling=disparity))
     expected = [[twins.coarse_depths(2.25, 3.3, ray, disparity) for ray in scene] for scene in jitter.tolist()]
     torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), **ROUNDING)
     assert (ours.diff(dim=-1) > 0).all()
@@ -43,8 +52,8 @@ def test_stratified_depths_equal_loops(num_samples, disparity):
 
 def test_stratified_depths_jitter_goes_from_the_sample_to_the_next_one():
     rays = torch.zeros(1, 1, 3, dtype=torch.float64)
-    lowest = stratified_depths(rays, rays, torch.zeros(1, 1, 5).double(), config(5, ray_start=1.0, ray_end=3.0))
-    highest = stratified_depths(rays, rays, torch.ones(1, 1, 5).double(), config(5, ray_start=1.0, ray_end=3.0))
+    lowest = coarse_depths(rays, rays, torch.zeros(1, 1, 5).double(), config(5, ray_start=1.0, ray_end=3.0))
+    highest = coarse_depths(rays, rays, torch.ones(1, 1, 5).double(), config(5, ray_start=1.0, ray_end=3.0))
     assert lowest[0, 0].tolist() == [1, 1.5, 2, 2.5, 3]
     assert highest[0, 0].tolist() == [1.5, 2, 2.5, 3, 3.5]  # one-sided: the last may lie behind the end
 
@@ -52,7 +61,7 @@ def test_stratified_depths_jitter_goes_from_the_sample_to_the_next_one():
 def test_stratified_depths_disparity_over_a_wide_range_stays_in_front_of_the_camera():
     wide = config(5, ray_start=0.1, ray_end=2.5, disparity_space_sampling=True)
     rays, jitter = torch.zeros(1, 2, 3).double(), torch.stack([torch.zeros(5), torch.full((5,), 0.999)])[None].double()
-    ours = stratified_depths(rays, rays, jitter, wide)
+    ours = coarse_depths(rays, rays, jitter, wide)
     assert (ours.diff(dim=-1) > 0).all() and ours.min() > 0
     assert ours[0, 1, -1].item() == pytest.approx(25)  # at most ten times the end
 
@@ -61,7 +70,7 @@ def test_stratified_depths_auto_limits_equal_loops():
     origins = torch.tensor([[[0.3, 0.2, 2.0], [0.0, -0.1, -3.0], [1.5, 1.5, 1.6]]], dtype=torch.float64)
     directions = torch.nn.functional.normalize(torch.tensor([0.1, 0.05, 0.0]).double() - origins, dim=-1)
     jitter = rand(1, 3, 6)
-    ours = stratified_depths(origins, directions, jitter, config(**AUTO))
+    ours = coarse_depths(origins, directions, jitter, config(**AUTO))
     for r in range(3):
         limits = twins.box_limits(origins[0, r].tolist(), directions[0, r].tolist(), 1.0)
         expected = torch.tensor(twins.coarse_depths(*limits, jitter[0, r].tolist()), dtype=torch.float64)
@@ -73,9 +82,7 @@ def test_stratified_depths_auto_rays_that_miss_take_the_limits_of_the_others(rul
     near, near_directions = axis_rays([0.0, 0.7], distance=2.0)
     far, _ = axis_rays([0.2, 0.9], distance=4.0)
     origins, directions = torch.cat([near, far]), torch.cat([near_directions] * 2)
-    ours = stratified_depths(
-        origins, directions, torch.zeros(2, 2, 6).double(), config(auto_range_of_misses=rule, **AUTO)
-    )
+    ours = coarse_depths(origins, directions, torch.zeros(2, 2, 6).double(), config(auto_range_of_misses=rule, **AUTO))
     limits = ours[:, :, [0, -1]]
     assert limits[0, 0].tolist() == [1.5, 2.5] and limits[1, 0].tolist() == [3.5, 4.5]
     assert limits[0, 1].tolist() == limits[1, 1].tolist() == [1.5, end]
@@ -83,12 +90,12 @@ def test_stratified_depths_auto_rays_that_miss_take_the_limits_of_the_others(rul
 
 def test_stratified_depths_auto_rays_that_all_miss_have_no_length():
     rays = axis_rays([0.7, 0.9])
-    assert (stratified_depths(*rays, rand(1, 2, 6), config(**AUTO)) == 0).all()
+    assert (coarse_depths(*rays, rand(1, 2, 6), config(**AUTO)) == 0).all()
 
 
 def test_stratified_depths_auto_rays_that_all_miss_run_backwards_where_published():
     rays = axis_rays([0.7, 0.9])
-    ours = stratified_depths(*rays, torch.zeros(1, 2, 6).double(), config(auto_range_of_misses="nearest", **AUTO))
+    ours = coarse_depths(*rays, torch.zeros(1, 2, 6).double(), config(auto_range_of_misses="nearest", **AUTO))
     assert ours[0, 0, [0, -1]].tolist() == [-1, -2]
 
 

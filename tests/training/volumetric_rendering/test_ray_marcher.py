@@ -9,7 +9,8 @@ import torch
 
 from tests.helpers import twins
 from training.volumetric_rendering.ray_marcher import (
-    composite_depth,
+    expected_depth,
+    limit_depth,
     midpoints,
     render_weight_from_density,
     sample_weights_from_intervals,
@@ -17,6 +18,11 @@ from training.volumetric_rendering.ray_marcher import (
 
 ROUNDING = {"rtol": 1e-11, "atol": 1e-11}  # float64, one formula in another order
 REMOVED = -1000.0
+
+
+def composite_depth(weights: torch.Tensor, depths: torch.Tensor, clamp: str) -> torch.Tensor:
+    depth_range = torch.stack([depths[..., 0], depths[..., -1]], dim=-1)
+    return limit_depth(expected_depth(weights, depths), weights.sum(dim=-1), depth_range, clamp)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -12,17 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import twins
+from torch_utils import native
 from training.config import DecoderConfig, RenderingConfig
 from training.representations import make_representation
-from training.volumetric_rendering import renderer as renderer_module
+from training.volumetric_rendering import reference
 from training.volumetric_rendering.decoder import OSGDecoder
-from training.volumetric_rendering.renderer import (
-    ImportanceRenderer,
-    RenderDraws,
-    inside_crop,
-    query_field_ref,
-    render_rays_ref,
-)
+from training.volumetric_rendering.reference import RenderDraws, inside_crop
+from training.volumetric_rendering.renderer import ImportanceRenderer
 
 ROUNDING = {"rtol": 1e-9, "atol": 1e-9}  # float64 through a decoder and two passes
 LOOK_UPS = {
@@ -33,8 +29,24 @@ LOOK_UPS = {
 AUTO = {"ray_start": "auto", "ray_end": "auto"}
 
 
+@pytest.fixture(params=["reference", "fused"], autouse=True)
+def choice(request, monkeypatch) -> str:
+    """Run every test with both renderers."""
+    reason = None if request.param == "reference" else native.reason() or (native.load() is None and "not built")
+    if reason:
+        pytest.skip(f"no native kernels: {reason}")
+    monkeypatch.setattr(Scene, "choice", request.param)
+    return request.param
+
+
+# For tests that change parts of the reference; tests/torch_utils/test_volume_render.py compares gradients of both.
+only_reference = pytest.mark.parametrize("choice", ["reference"], indirect=True)
+
+
 class Scene:
     """Random planes of B scenes, a decoder that makes about half of the volume dense, and the renderer of both."""
+
+    choice = "reference"
 
     def __init__(self, name: str = "tri_plane", batch: int = 1, dtype: torch.dtype = torch.float64) -> None:
         self.look_up, depth, shape = LOOK_UPS[name]
@@ -46,6 +58,7 @@ class Scene:
         self.decoder.net[2].weight.data[0] *= 8
         self.representation = make_representation(name, depth)
         self.renderer = ImportanceRenderer(self.representation)
+        self.renderer.choose(self.choice)
 
     def render(self, rays, config: RenderingConfig, draws: RenderDraws | None = None, generator=None):
         return self.renderer(self.planes, self.decoder, *rays, config, draws, generator)
@@ -324,7 +337,7 @@ def test_query_density_noise_is_added_in_proportion():
 
 def test_query_is_not_cropped():
     scene, points = Scene(), torch.tensor([[[0.49, 0.0, 0.49]]], dtype=torch.float64)
-    sigma, _ = query_field_ref(scene.representation, scene.planes, scene.decoder, points, config(crop_margin=0.1))
+    sigma, _ = scene.renderer.query(scene.planes, scene.decoder, points, config(crop_margin=0.1))
     assert sigma.item() > -100
 
 
@@ -347,6 +360,7 @@ GRADIENT_CASES = {
 }
 
 
+@only_reference
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 @pytest.mark.parametrize("num_fine", [0, 5])
 def test_render_gradients_of_planes_decoder_and_rays_are_right(case, num_fine, monkeypatch):
@@ -356,7 +370,7 @@ def test_render_gradients_of_planes_decoder_and_rays_are_right(case, num_fine, m
     if num_fine:
         # The depths of the second pass count as constants, so finite differences must hold them fixed.
         fixed = fine_depths_of(scene, rays, settings, draws, monkeypatch)
-        monkeypatch.setattr(renderer_module, "importance_depths", lambda *_args: fixed)
+        monkeypatch.setattr(reference, "importance_depths", lambda *_args: fixed)
     weights = list(scene.decoder.parameters())
     inputs = [x.detach().clone().requires_grad_() for x in (scene.planes, *rays, *weights)]
     names = [n for n, _ in scene.decoder.named_parameters()]
@@ -365,7 +379,7 @@ def test_render_gradients_of_planes_decoder_and_rays_are_right(case, num_fine, m
         def decoder(features):
             return torch.func.functional_call(scene.decoder, dict(zip(names, weights, strict=True)), (features,))
 
-        out = render_rays_ref(scene.representation, planes, decoder, origins, directions, settings, draws)
+        out = reference.render_rays_ref(scene.representation, planes, decoder, origins, directions, settings, draws)
         return flat_output(out)
 
     assert torch.autograd.gradcheck(render, inputs, eps=1e-7, atol=1e-4, rtol=1e-4, fast_mode=True)
@@ -374,20 +388,21 @@ def test_render_gradients_of_planes_decoder_and_rays_are_right(case, num_fine, m
 def fine_depths_of(scene: Scene, rays, settings: RenderingConfig, draws: RenderDraws, monkeypatch) -> torch.Tensor:
     """Return the depths of the second pass."""
     kept = []
-    original = renderer_module.importance_depths
+    original = reference.importance_depths
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(renderer_module, "importance_depths", lambda *args: kept.append(original(*args)) or kept[-1])
+        patch.setattr(reference, "importance_depths", lambda *args: kept.append(original(*args)) or kept[-1])
         scene.render(rays, settings, draws)
     return kept[0]
 
 
+@only_reference
 def test_render_gradients_with_importance_equal_those_with_fixed_depths(monkeypatch):
     scene, rays, settings = Scene("dual_spherical"), rays_at_the_box(1, 3), config()
     draws = draw(rays, settings)
     gradients = []
     for fixed in (None, fine_depths_of(scene, rays, settings, draws, monkeypatch)):
         if fixed is not None:
-            monkeypatch.setattr(renderer_module, "importance_depths", lambda *_args, fixed=fixed: fixed)
+            monkeypatch.setattr(reference, "importance_depths", lambda *_args, fixed=fixed: fixed)
         leaves = [x.clone().requires_grad_() for x in rays]
         flat_output(scene.render(leaves, settings, draws)).sum().backward()
         gradients.append([x.grad for x in leaves])
@@ -452,7 +467,7 @@ def test_render_opaque_scene_depth_is_that_of_the_surface():
 
     representation = lambda _planes, points: F.pad(points / 2, (0, 29))  # noqa: E731
     rays = (torch.tensor([[[0, 0, 2.7], [0.1, 0, 2.7]]]).double(), torch.tensor([[[0, 0, -1.0]] * 2]).double())
-    out = render_rays_ref(representation, scene.planes, Ball(), *rays, settings, draw(rays, settings))
+    out = reference.render_rays_ref(representation, scene.planes, Ball(), *rays, settings, draw(rays, settings))
     expected = 2.7 - torch.tensor([[[0.3], [math.sqrt(0.3**2 - 0.1**2)]]], dtype=torch.float64)
     torch.testing.assert_close(out.depth, expected, rtol=0, atol=0.015)  # coarse samples are 0.015 apart
     torch.testing.assert_close(out.accumulation, torch.ones(1, 2, 1).double(), rtol=0, atol=1e-6)  # opaque
