@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch_utils import native
 from torch_utils.ops import conv2d_native
 from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.conv2d_native import modulated_conv3x3, phase_kernels, supported
+from torch_utils.ops.conv2d_native import modulated_conv3x3, supported
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.upfirdn2d import setup_filter
 
@@ -194,13 +194,11 @@ def test_supported_without_native_kernels_is_false_and_results_remain(inference)
         )
 
 
-def test_phase_kernels_interleave_to_the_upsampling_convolution():
-    x, weight = random(1, 3, 5, 4).double(), random(2, 3, 3, 3, seed=1).double()
-    fir = random(4, 4, seed=2).double()  # not symmetric, to see a flip
-    phases = F.conv2d(x, phase_kernels(weight, fir), padding=1).reshape(1, 2, 2, 2, 5, 4)  # [B, row, column, O, H, W]
-    ours = phases.permute(0, 3, 4, 1, 5, 2).reshape(1, 2, 10, 8)
-    # Sums of 27 * 16 products in float64.
-    torch.testing.assert_close(ours, conv2d_resample(x, weight, fir, up=2, padding=1), rtol=1e-12, atol=1e-12)
+def test_modulated_conv3x3_lopsided_filter_equals_the_resampling_convolution(kernel, inference):
+    x, weight, fir = random(1, 8, 9, 6), random(16, 8, 3, 3, seed=1), random(4, 4, seed=2)  # to see a flip
+    expected = conv2d_resample(x.double(), weight.double(), fir.double(), up=2, padding=1)
+    error = (modulated_conv3x3(x, weight, None, up=2, fir=fir) - expected).abs().max() / expected.abs().max()
+    assert error <= TOLERANCE
 
 
 def _change_in_place(weight):
@@ -223,13 +221,6 @@ def test_modulated_conv3x3_changed_weights_are_noticed(kernel, inference, change
     torch.testing.assert_close(
         modulated_conv3x3(x, weight, None), 2 * before, rtol=0, atol=0
     )  # a power of two is exact
-
-
-def test_modulated_conv3x3_changed_filter_is_noticed(kernel, inference):
-    x, weight, fir = random(1, 8, 6, 6), random(8, 8, 3, 3, seed=1), FIR.clone()
-    before = modulated_conv3x3(x, weight, None, up=2, fir=fir)
-    fir.mul_(2)
-    torch.testing.assert_close(modulated_conv3x3(x, weight, None, up=2, fir=fir), 2 * before, rtol=0, atol=0)
 
 
 def test_modulated_conv3x3_repeated_call_transforms_weights_once(kernel, inference, monkeypatch):

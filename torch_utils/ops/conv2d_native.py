@@ -41,9 +41,9 @@ def modulated_conv3x3(
     `supported` says that a kernel is there and pays; all else is computed by `modulated_conv3x3_ref`. Errors of the
     kernel are below 1e-5 of the largest result.
 
-    The kernel needs transformed weights, 4 times as large as the weights, 16 times for `up` 2. They are kept per
-    weight tensor, up to 512 MiB in all, until that tensor dies or changes; `cached_bytes` says how much that is. Pass
-    the parameter itself, not a product of it, which would be transformed again on every call.
+    The kernel needs transformed weights, 4 times as large as the weights. They are kept per weight tensor, up to 512
+    MiB in all, until that tensor dies or changes; `cached_bytes` says how much that is. Pass the parameter itself: a
+    product of it would be transformed again on every call.
 
     Args:
         x: features `[B, I, H, W]`, any order in memory; channels last is not copied.
@@ -184,9 +184,9 @@ class _WinogradConv(ctypes.Structure):
     """The struct of the same name in winograd.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "packed", "styles", "scales", "noise", "bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "packed", "styles", "scales", "fir", "noise", "bias", "out")),
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "in_channels", "out_channels")),
-        *((name, ctypes.c_int64) for name in ("up", "noise_stride", "threads")),
+        *((name, ctypes.c_int64) for name in ("noise_stride", "threads")),
         *((name, ctypes.c_float) for name in ("slope", "gain", "clamp")),
     )
 
@@ -197,21 +197,25 @@ def _modulated_conv3x3_cpu(x, weight, styles, fir, noise, bias, demodulate, up, 
     library = native.load()
     if library is None or not _is_suited(tensors, up, activation) or weight.shape[0] % _GROUP or x.shape[1] % _GROUP:
         return modulated_conv3x3_ref(*tensors, demodulate, up, activation, gain, clamp)
-    packed = _packed_weight(library, weight, fir if up == 2 else None)
-    scales = _scales(styles, packed.energy).contiguous() if styles is not None and demodulate else None
+    packed = _packed_weight(library, weight, up)
+    scales = _scales(styles, packed.energy) if styles is not None and demodulate else None
     x = x.contiguous(memory_format=torch.channels_last)
-    styles, noise, bias = (None if tensor is None else tensor.contiguous() for tensor in (styles, noise, bias))
     batch, in_channels, height, width = x.shape
     size = (batch, weight.shape[0], up * height, up * width)
     out = torch.empty(size, memory_format=torch.channels_last)
-    shared_noise = noise is None or noise.ndim == 2 or noise.shape[0] == 1
-    pointers = [None if t is None else t.data_ptr() for t in (x, packed.data, styles, scales, noise, bias, out)]
-    noise_stride = 0 if shared_noise else size[2] * size[3]
-    numbers = (batch, height, width, in_channels, size[1], up, noise_stride, torch.get_num_threads())
-    gain = gain * ACTIVATIONS[activation].default_gain
-    arguments = _WinogradConv(*pointers, *numbers, _SLOPES[activation], gain, math.inf if clamp is None else clamp)
-    if library.cpu("winograd_conv")(ctypes.byref(arguments)):
-        raise MemoryError(f"modulated_conv3x3: no memory for the work space of {in_channels} x {size[1]} channels")
+    fir = 4.0 * fir if up == 2 else None  # a quarter of the zero-stuffed pixels are not zero
+    small = [None if tensor is None else tensor.contiguous() for tensor in (styles, scales, fir, noise, bias)]
+    arguments = _WinogradConv(
+        *(None if tensor is None else tensor.data_ptr() for tensor in (x, packed.data, *small, out)),
+        *(batch, height, width, in_channels, weight.shape[0]),
+        noise_stride=size[2] * size[3] if noise is not None and noise.ndim == 4 and noise.shape[0] > 1 else 0,
+        threads=torch.get_num_threads(),
+        slope=_SLOPES[activation],
+        gain=gain * ACTIVATIONS[activation].default_gain,
+        clamp=math.inf if clamp is None else clamp,
+    )
+    if library.cpu("winograd_conv" if up == 1 else "winograd_up_conv")(ctypes.byref(arguments)):
+        raise MemoryError(f"modulated_conv3x3: no memory for the work space of {in_channels} and {size[1]} channels")
     return out
 
 
@@ -220,8 +224,7 @@ class _PackedWeight:
     """Transformed weights, and what they were made of."""
 
     weight: weakref.ref
-    fir: weakref.ref | None
-    fingerprint: tuple
+    fingerprint: tuple[int, int] | None
     sample: torch.Tensor
     """Some of the weights: changes through `.data` leave no other trace."""
     data: torch.Tensor
@@ -229,7 +232,7 @@ class _PackedWeight:
     """`[O, I]`, sums of squares of the kernels."""
 
 
-_cache: dict[tuple[int, int], _PackedWeight] = {}  # the least recently used first
+_cache: dict[tuple[int, int], _PackedWeight] = {}  # by identity of the weight and `up`; the least recently used first
 
 
 def cached_bytes() -> int:
@@ -242,14 +245,14 @@ def clear_cache() -> None:
     _cache.clear()
 
 
-def _packed_weight(library, weight: torch.Tensor, fir: torch.Tensor | None) -> _PackedWeight:
-    """Return the transformed weights, made now or by an earlier call with the same unchanged tensors."""
-    if weight.is_inference() or (fir is not None and fir.is_inference()):  # these do not say whether they have changed
-        return _pack(library, weight, fir, None)
-    key = (id(weight), id(fir))
-    entry, fingerprint = _cache.pop(key, None), _fingerprint(weight, fir)
-    if entry is None or not _is_current(entry, weight, fir, fingerprint):
-        entry = _pack(library, weight, fir, fingerprint)
+def _packed_weight(library, weight: torch.Tensor, up: int) -> _PackedWeight:
+    """Return the transformed weights, made now or by an earlier call with the same unchanged tensor."""
+    if weight.is_inference():  # such tensors do not say whether they have changed
+        return _pack(library, weight, up, None)
+    key, fingerprint = (id(weight), up), (weight._version, weight.data_ptr())
+    entry = _cache.pop(key, None)
+    if entry is None or not _is_current(entry, weight, fingerprint):
+        entry = _pack(library, weight, up, fingerprint)
     free_bytes = _CACHE_LIMIT_BYTES - entry.data.nbytes
     for old in list(_cache):
         if cached_bytes() <= free_bytes:
@@ -260,59 +263,31 @@ def _packed_weight(library, weight: torch.Tensor, fir: torch.Tensor | None) -> _
     return entry
 
 
-def _is_current(entry: _PackedWeight, weight: torch.Tensor, fir: torch.Tensor | None, fingerprint: tuple) -> bool:
-    same = entry.weight() is weight and (fir is None or entry.fir() is fir) and entry.fingerprint == fingerprint
+def _is_current(entry: _PackedWeight, weight: torch.Tensor, fingerprint: tuple[int, int]) -> bool:
+    same = entry.weight() is weight and entry.fingerprint == fingerprint
     return same and torch.equal(entry.sample, _sample(weight))
-
-
-def _fingerprint(weight: torch.Tensor, fir: torch.Tensor | None) -> tuple:
-    return tuple((tensor._version, tensor.data_ptr()) for tensor in (weight, fir) if tensor is not None)
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
     flat = weight.detach().flatten()
-    return flat[:: max(1, flat.numel() // _SAMPLES) | 1]  # an odd step meets every position of the kernels
+    return flat[:: max(1, flat.numel() // _SAMPLES) | 1]  # an odd step meets weights of every kind
 
 
-def _pack(library, weight: torch.Tensor, fir: torch.Tensor | None, fingerprint: tuple | None) -> _PackedWeight:
-    key = (id(weight), id(fir))
+def _pack(library, weight: torch.Tensor, up: int, fingerprint: tuple[int, int] | None) -> _PackedWeight:
+    key = (id(weight), up)
 
     def forget(_) -> None:
         _cache.pop(key, None)
 
-    kernels = weight.detach() if fir is None else phase_kernels(weight.detach(), fir)
-    kernels = kernels.contiguous()
-    columns, in_channels = kernels.shape[:2]
-    data = torch.empty(library.cpu("winograd_packed_size")(ctypes.c_int64(in_channels), ctypes.c_int64(columns)))
-    arguments = (ctypes.c_void_p(kernels.data_ptr()), ctypes.c_int64(in_channels), ctypes.c_int64(columns))
-    library.cpu("winograd_pack")(*arguments, ctypes.c_void_p(data.data_ptr()))
+    kernels = weight.detach().contiguous()
+    sizes = [ctypes.c_int64(size) for size in (kernels.shape[1], kernels.shape[0])]
+    data = torch.empty(library.cpu("winograd_packed_size")(*sizes))
+    pack = library.cpu("winograd_pack" if up == 1 else "winograd_up_pack")
+    pack(ctypes.c_void_p(kernels.data_ptr()), *sizes, ctypes.c_void_p(data.data_ptr()))
     return _PackedWeight(
         weight=weakref.ref(weight, forget),
-        fir=None if fir is None else weakref.ref(fir, forget),
         fingerprint=fingerprint,
         sample=_sample(weight).clone(),
         data=data,
-        energy=weight.detach().square().sum(dim=(2, 3)),
+        energy=kernels.square().sum(dim=(2, 3)),
     )
-
-
-def phase_kernels(weight: torch.Tensor, fir: torch.Tensor) -> torch.Tensor:
-    """Return four 3x3 kernels whose results interleave to a convolution upsampled by two.
-
-    Zero-stuffing, the transposed convolution with `weight` and the filter `4 * fir` are one true convolution with a 6x6
-    kernel. Along an axis, output y takes its tap `y + 2 - 2 i` at input pixel i; so output `2 h + a` takes the taps
-    `a + 4, a + 2, a` at the pixels `h - 1, h, h + 1`. Zeros around the image are what the separate steps assume too.
-
-    Args:
-        weight: `[O, I, 3, 3]`.
-        fir: `[4, 4]`.
-
-    Returns:
-        `[4 * O, I, 3, 3]`: the outputs at even rows and columns, at even rows and odd columns, and so on.
-    """
-    outputs, inputs = weight.shape[:2]
-    taps = torch.eye(9, dtype=torch.float64, device=weight.device).reshape(9, 1, 3, 3)
-    spread = torch.nn.functional.conv_transpose2d(taps, 4 * fir.double()[None, None]).flatten(1)  # [9, 36]
-    full = (weight.double().flatten(2) @ spread).unflatten(2, (6, 6))  # [O, I, 6, 6], products of two polynomials
-    phases = [full[..., a::2, b::2].flip(-2, -1) for a in (0, 1) for b in (0, 1)]
-    return torch.stack(phases).to(weight.dtype).reshape(4 * outputs, inputs, 3, 3)
