@@ -243,7 +243,7 @@ def _cpu_plan(recipe: Recipe, folder: Path) -> Plan:
 def _check_language(compiler: list[str], folder: Path) -> None:
     """Raise NativeBuildError unless the compiler makes shared libraries of C++20."""
     concept = "template <class T> concept Sized = sizeof(T) > 0;\n"
-    (folder / "language.cpp").write_text(f"#include <vector>\n{concept}int f(Sized auto x) {{ return x; }}\n")
+    (folder / "language.cpp").write_text(f"#include <cstdint>\n{concept}int f(Sized auto x) {{ return x; }}\n")
     command = [*compiler, "-std=c++20", "-fPIC", "-shared", "language.cpp", "-o", "language.so"]
     done = run_logged(command, folder)
     if done.returncode != 0:

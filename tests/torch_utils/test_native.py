@@ -64,6 +64,8 @@ class Project:
         for name in ("SPHEREHEAD_NATIVE", "SPHEREHEAD_ISA", "CXX", "LOCAL_RANK", "MAX_JOBS"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("SPHEREHEAD_CACHE_DIR", str(self.cache))
+        # Trying OpenMP takes longer than all of these sources.
+        monkeypatch.setattr(native_recipes, "_openmp_flags", lambda compiler, torch, folder: ([], []))
         self.forget()
 
     def write(self, name: str, text: str) -> None:
@@ -86,7 +88,7 @@ class Project:
         """Make a compiler that writes a line per object file; return the file of lines."""
         log = self.folder.parent / "compilations"
         log.touch()
-        self.compiler(f'case "$*" in *" -c "*) echo "$*" >>{log}; {script} ;; esac')
+        self.compiler(f'case "$*" in *" -c /"*) echo "$*" >>{log}; {script} ;; esac')
         return log
 
     def sources(self) -> Sources:
@@ -293,9 +295,12 @@ def test_load_compiler_with_arguments_is_called_with_them(project, monkeypatch):
 
 
 @needs_compiler
-def test_load_compiler_without_openmp_goes_without(project):
-    project.compiler('case "$*" in *-fopenmp*) echo "unsupported option" >&2; exit 1 ;; esac')
-    assert answer(native.load()) == 42
+@pytest.mark.parametrize("lacks", ["*-fopenmp*", "*openmp.cpp*", "*openmp.so*"], ids=["option", "header", "library"])
+def test_openmp_is_not_used_where_a_part_is_missing(tmp_path, monkeypatch, lacks):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in {lacks}) exit 1 ;; esac\nexit 0\n')
+    compiler.chmod(0o755)
+    assert native_recipes._openmp_flags([str(compiler)], NO_TORCH, tmp_path) == ([], [])
 
 
 @needs_compiler
@@ -419,7 +424,7 @@ def test_cached_two_processes_build_once(project):
 def test_cached_killed_build_heals(project, tmp_path):
     slow = tmp_path / "slow"
     slow.touch()
-    project.compiler(f'case "$*" in *" -c "*) while [ -e {slow} ]; do sleep 0.05; done ;; esac')
+    project.compiler(f'case "$*" in *" -c /"*) while [ -e {slow} ]; do sleep 0.05; done ;; esac')
     process = project.start()
     deadline_s = time.monotonic() + 60
     while not list(project.cache.glob(".*.tmp/build.ninja")):
@@ -459,7 +464,7 @@ def test_cached_failure_of_the_process_waited_for_is_not_repeated(project):
 
 @needs_compiler
 def test_cached_source_changed_while_compiled_is_not_kept(project):
-    project.compiler(f"case \"$*\" in *' -c '*answer_cpu*) echo '// new' >>\"{project.folder.parent}/link\" ;; esac")
+    project.compiler(f"case \"$*\" in *' -c /'*answer_cpu*) echo '// new' >>\"{project.folder.parent}/link\" ;; esac")
     (project.folder.parent / "link").symlink_to(project.csrc / "answer_cpu.cpp")
     with pytest.raises(NativeBuildError, match="a source was changed while it was compiled"):
         native_build.cached(project.recipe(), project.cache)
