@@ -316,6 +316,7 @@ def find_nvcc() -> str:
 def _cuda_plan(recipe: Recipe, folder: Path) -> Plan:
     (nvcc,) = recipe.tools["command"]
     flags = [*NVCC_FLAGS, *_host_compiler(), *_code_flags(nvcc, recipe.tools["architectures"], folder)]
+    flags.append("--threads=0")  # the architectures of a file side by side
     edges = [Edge(command=(nvcc, *flags), source=file) for file in recipe.sources.cuda]
     return Plan(edges=tuple(edges), link=(nvcc, "-shared", *_host_compiler()), libraries=())
 

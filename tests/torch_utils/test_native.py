@@ -571,7 +571,7 @@ for argument; do
     shift
     case "$argument" in
         -gencode=*) echo "$argument" >>"$0.code" ;;
-        -Xcompiler) ;;
+        -Xcompiler | --threads=*) ;;
         *.cu) set -- "$@" -x c++ "$argument" ;;
         *) set -- "$@" "$argument" ;;
     esac
