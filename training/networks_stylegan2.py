@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from torch_utils.ops.bias_act import bias_act
+from torch_utils.ops.modulated_conv2d import add_owned, modulated_conv2d, modulated_layer
 from torch_utils.ops.upfirdn2d import setup_filter, upsample2d
 from training.config import Architecture, FusedModconv, MappingConfig, NoiseMode, SynthesisConfig, require
 from training.layers import (
     RESAMPLE_TAPS,
     Conv2dLayer,
     FullyConnectedLayer,
-    add_owned,
-    modulated_conv2d,
     normalize_2nd_moment,
 )
 
@@ -164,7 +163,7 @@ class SynthesisLayer(nn.Module):
         """Map `[B, in, H, W]` and w `[B, w_dim]` to `[B, out, resolution, resolution]`."""
         expected = [self.affine.weight.shape[0], self.resolution // self.up, self.resolution // self.up]
         require(list(x.shape[1:]) == expected, "synthesis layer input", f"[B, *{expected}]", list(x.shape))
-        x = modulated_conv2d(
+        return modulated_layer(
             x,
             self.weight,
             self.affine(w),
@@ -172,9 +171,11 @@ class SynthesisLayer(nn.Module):
             fir=self.resample_filter,
             up=self.up,
             fused=fused,
+            bias=self.bias,
+            activation=self.activation,
+            gain=gain,
+            clamp=None if self.conv_clamp is None else self.conv_clamp * gain,
         )
-        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        return bias_act(x, self.bias, self.activation, gain=gain, clamp=clamp, inplace=True)
 
     def _noise(self, batch: int, device: torch.device, options: SynthesisOptions) -> torch.Tensor | None:
         if options.noise_mode == "none":

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from torch_utils.ops.conv2d_resample import conv2d_resample
+from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from torch_utils.ops.upfirdn2d import setup_filter
 from training.config import SynthesisConfig
-from training.networks_stylegan2 import SynthesisBlock, SynthesisOptions, modulated_conv2d
+from training.networks_stylegan2 import SynthesisBlock, SynthesisOptions
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of a few hundred products of unit size, in another order
 

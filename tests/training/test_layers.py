@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from torch_utils.ops.upfirdn2d import setup_filter
 from training.layers import (
     RESAMPLE_TAPS,
     Conv2dLayer,
     FullyConnectedLayer,
-    modulated_conv2d,
     normalize_2nd_moment,
 )
 

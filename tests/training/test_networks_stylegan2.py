@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from training.config import MappingConfig, SynthesisConfig
-from training.layers import modulated_conv2d
 from training.networks_stylegan2 import (
     Generator,
     MappingNetwork,
@@ -238,7 +238,7 @@ def test_synthesis_fused_follows_the_mode_unless_told(monkeypatch):
         seen.append(fused)
         return modulated_conv2d(*args, fused=fused, **kwargs)
 
-    monkeypatch.setattr("training.networks_stylegan2.modulated_conv2d", spy)
+    monkeypatch.setattr("torch_utils.ops.modulated_conv2d.modulated_conv2d", spy)
     for train, option, expected in (
         (False, None, True),
         (True, None, False),
