@@ -88,17 +88,9 @@ def generate_samples(
     noise = Noise(mode=noise_mode, seed=noise_seed)
     shape_settings = ShapeSettings(resolution=shape_res, level=shape_level)
     if dry_run:
-        plan = {"network": network, "files": [*strips.values(), *shape_files.values()], "image_mode": image_mode}
-        cli.print_dry_run(
-            {
-                **plan,
-                "truncation": truncation,
-                "noise": noise,
-                "fov_deg": fov_deg,
-                "renderer": renderer,
-                "device": device,
-            }
-        )
+        files = [*strips.values(), *shape_files.values()]
+        plan = {"network": network, "files": files, "image_mode": image_mode, "truncation": truncation}
+        cli.print_dry_run({**plan, "noise": noise, "fov_deg": fov_deg, "renderer": renderer, "device": device})
         return
     own_seeds = distributed.shard(list(strips))
     prepare_outputs([files[seed] for files in (strips, shape_files) if files for seed in own_seeds], overwrite)

@@ -66,7 +66,7 @@ def volume_render(
         ray_directions.contiguous(),
         *(limit.contiguous() for limit in ray_limits(ray_origins, ray_directions, config)),
         *tensors,
-        Options(name, decoder.activation, config).dumps(),
+        *Options.of(name, decoder.activation, config),
     )
     return finish(MarchOutput(*march), config)
 
@@ -100,7 +100,7 @@ def query_field(
         points.to(planes.dtype).contiguous(),
         noise,
         need_colors,
-        Options(name, decoder.activation, config).dumps(),
+        *Options.of(name, decoder.activation, config),
     )
     return sigma, colors if need_colors else None
 
@@ -168,7 +168,6 @@ def _checked_draw(
     if samples == 0 or (name.endswith("noise") and config.density_noise == 0):
         return None
     expected = (*shape, samples)
-    require(
-        draw is not None and draw.shape == expected, name, f"shape {expected}", draw if draw is None else draw.shape
-    )
+    came = None if draw is None else tuple(draw.shape)
+    require(came == expected, name, f"shape {expected}", came)
     return draw.to(_compute_dtype(planes)).contiguous()

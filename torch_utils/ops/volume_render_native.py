@@ -1,50 +1,54 @@
 """Calls of the CPU kernels of the volume renderer: tensors to the C structures of csrc/volume_render.h and back.
 
-The functions have the arguments of the registered ops in volume_render_ops.py, and return None where there is no kernel.
+The functions have the arguments of the ops registered in volume_render_ops.py; without a kernel they return None.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from dnnlib import serialize
 from torch_utils import native
 from training.config import RenderingConfig
 from training.volumetric_rendering.decoder import DecoderWeights
 from training.volumetric_rendering.reference import MarchOutput
 
+NUM_RENDER_TENSORS, NUM_QUERY_TENSORS = 13, 7  # before the options, among the arguments of the ops
 _ACTIVATION_IDS = {"none": 0, "sigmoid": 1, "lrelu": 2}
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
 
 
 class Options(NamedTuple):
-    """What an op is told besides tensors."""
+    """What an op is told besides tensors: how to evaluate the field, and what it needs of a `RenderingConfig`."""
 
     representation: str
     activation: str
-    rendering: RenderingConfig
+    depth_resolution: int
+    depth_resolution_importance: int
+    box_warp: float
+    crop_margin: float | None
+    density_noise: float
+    disparity_space_sampling: bool
 
-    def dumps(self) -> str:
-        """Return the options as text."""
-        return _dump(self)
+    @classmethod
+    def of(cls, representation: str, activation: str, config: RenderingConfig) -> Options:
+        """Choose from a configuration."""
+        disparity = config.disparity_space_sampling and not config.auto_range
+        values = {name: getattr(config, name) for name in cls._fields[2:-1]}
+        return cls(representation, activation, **values, disparity_space_sampling=disparity)
 
-    @staticmethod
-    @functools.lru_cache(maxsize=64)
-    def loads(text: str) -> Options:
-        """Read what `dumps` returned."""
-        representation, activation, rendering = json.loads(text)
-        return Options(representation, activation, serialize.from_json(RenderingConfig, rendering))
+    def rendering(self) -> RenderingConfig:
+        """Return a configuration with these values."""
+        return RenderingConfig(**dict(zip(self._fields[2:], self[2:])))
 
 
-@functools.lru_cache(maxsize=64)
-def _dump(options: Options) -> str:
-    return json.dumps([*options[:2], serialize.to_json(options.rendering)])
+OPTIONS_SCHEMA = (
+    "str representation, str activation, int depth_resolution, int depth_resolution_importance, float box_warp, "
+    "float? crop_margin, float density_noise, bool disparity_space_sampling"
+)
 
 
 class PlaneLayout(NamedTuple):
@@ -179,7 +183,7 @@ def channels_last(representation: str, planes: torch.Tensor) -> torch.Tensor:
 
 def volume_render(*arguments: Any) -> tuple[torch.Tensor, ...] | None:
     """See `spherehead::volume_render`."""
-    *tensors, options = arguments
+    tensors, options = arguments[:NUM_RENDER_TENSORS], Options(*arguments[NUM_RENDER_TENSORS:])
     kernel = _kernel("volume_render", tensors[0].dtype)
     if kernel is None:
         return None
@@ -190,13 +194,13 @@ def volume_render(*arguments: Any) -> tuple[torch.Tensor, ...] | None:
 
 
 def volume_render_backward(
-    gradients: Sequence[torch.Tensor], arguments: Sequence[torch.Tensor | None], needed: Sequence[bool], options: str
+    gradients: Sequence[torch.Tensor], arguments: Sequence[torch.Tensor | None], needed: Sequence[bool], *options: Any
 ) -> list[torch.Tensor] | None:
     """See `spherehead::volume_render_backward`."""
     kernel = _kernel("volume_render_backward", arguments[0].dtype)
     if kernel is None:
         return None
-    field, rays = render_structures(arguments, options)
+    field, rays = render_structures(arguments, Options(*options))
     of_field, of_rays = field_gradients(arguments, needed), ray_gradients(arguments, needed)
     call(kernel, field, rays, render_gradients_structure(gradients, of_field, of_rays))
     return [*of_field, *of_rays]
@@ -204,7 +208,7 @@ def volume_render_backward(
 
 def query_field(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """See `spherehead::query_field`."""
-    *tensors, need_colors, options = arguments
+    (*tensors, need_colors), options = arguments[: NUM_QUERY_TENSORS + 1], Options(*arguments[NUM_QUERY_TENSORS + 1 :])
     kernel = _kernel("query_field", tensors[0].dtype)
     if kernel is None:
         return None
@@ -215,13 +219,13 @@ def query_field(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def query_field_backward(
-    gradients: Sequence[torch.Tensor | None], arguments: Sequence[torch.Tensor], needed: Sequence[bool], options: str
+    gradients: Sequence[torch.Tensor | None], arguments: Sequence[torch.Tensor], needed: Sequence[bool], *options: Any
 ) -> list[torch.Tensor] | None:
     """See `spherehead::query_field_backward`."""
     kernel = _kernel("query_field_backward", arguments[0].dtype)
     if kernel is None:
         return None
-    field, points = query_structures([*arguments, None], options)
+    field, points = query_structures([*arguments, None], Options(*options))
     of_field = field_gradients(arguments, needed)
     of_points = torch.empty_like(arguments[5]) if needed[2] else arguments[5].new_empty(0)
     call(kernel, field, points, *gradients, FieldGradients.of_tensors(of_field), of_points if needed[2] else None)
@@ -231,20 +235,16 @@ def query_field_backward(
 # ---- what CPU and CUDA share ----
 
 
-def render_structures(tensors: Sequence[torch.Tensor | None], options: str) -> tuple[Field, Rays]:
+def render_structures(tensors: Sequence[torch.Tensor | None], options: Options) -> tuple[Field, Rays]:
     """Describe the arguments of `spherehead::volume_render`."""
-    parsed = Options.loads(options)
-    return _field(tensors, parsed), _rays(tensors, parsed.rendering)
+    return _field(tensors, options), _rays(tensors, options)
 
 
-def query_structures(tensors: Sequence[torch.Tensor | None], options: str) -> tuple[Field, Points]:
+def query_structures(tensors: Sequence[torch.Tensor | None], options: Options) -> tuple[Field, Points]:
     """Describe the arguments of `spherehead::query_field`, whose last tensor is the noise."""
-    parsed = Options.loads(options)
     points, noise = tensors[5:7]
-    of_points = Points.of(
-        points=points, noise=noise, count=points.shape[1], density_noise=parsed.rendering.density_noise
-    )
-    return _field(tensors, parsed), of_points
+    of_points = Points.of(points=points, noise=noise, count=points.shape[1], density_noise=options.density_noise)
+    return _field(tensors, options), of_points
 
 
 def render_outputs(tensors: Sequence[torch.Tensor | None]) -> MarchOutput:
@@ -318,13 +318,13 @@ def _field(tensors: Sequence[torch.Tensor | None], options: Options) -> Field:
         outputs=weights[2].shape[0] - 1,
         representation=layout.id,
         activation=_ACTIVATION_IDS[options.activation],
-        box_scale=2 / options.rendering.box_warp,
+        box_scale=2 / options.box_warp,
     )
 
 
-def _rays(tensors: Sequence[torch.Tensor | None], config: RenderingConfig) -> Rays:
+def _rays(tensors: Sequence[torch.Tensor | None], options: Options) -> Rays:
     origins, directions, near, far, coarse_jitter, importance, coarse_noise, fine_noise = tensors[5:]
-    margin = config.crop_margin
+    margin = options.crop_margin
     return Rays.of(
         origins=origins,
         directions=directions,
@@ -335,9 +335,9 @@ def _rays(tensors: Sequence[torch.Tensor | None], config: RenderingConfig) -> Ra
         coarse_noise=coarse_noise,
         fine_noise=fine_noise,
         rays=origins.shape[1],
-        coarse=config.depth_resolution,
-        fine=config.depth_resolution_importance,
-        disparity=int(config.disparity_space_sampling and not config.auto_range),
-        crop_limit=float("inf") if margin is None else config.box_warp / 2 - margin,
-        density_noise=config.density_noise,
+        coarse=options.depth_resolution,
+        fine=options.depth_resolution_importance,
+        disparity=int(options.disparity_space_sampling),
+        crop_limit=float("inf") if margin is None else options.box_warp / 2 - margin,
+        density_noise=options.density_noise,
     )

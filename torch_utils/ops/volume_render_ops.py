@@ -1,7 +1,7 @@
-"""The registered ops behind volume_render.py: reference, shapes, gradients and kernels of each, for PyTorch's dispatcher.
+"""The registered ops behind volume_render.py: reference, shapes, gradients and kernels, for PyTorch's dispatcher.
 
-Arguments are checked in volume_render.py. The ops take the decoder as four tensors (`DecoderWeights`) and everything
-that is no tensor as one string, because an op's schema has no dataclasses.
+Arguments are checked in volume_render.py. The ops take the decoder as four tensors (`DecoderWeights`) and end with the
+fields of `Options`, because an op's schema has no dataclasses.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
+from typing import Any
 
 import torch
 
 from torch_utils.ops import volume_render_cuda, volume_render_native
-from torch_utils.ops.volume_render_native import Options
+from torch_utils.ops.volume_render_native import NUM_QUERY_TENSORS, NUM_RENDER_TENSORS, OPTIONS_SCHEMA, Options
 from training.representations import make_representation
 from training.volumetric_rendering.decoder import DecoderWeights, decode
 from training.volumetric_rendering.reference import RenderDraws, march_rays_ref, query_field_ref
@@ -53,23 +54,23 @@ def _march(
     importance: torch.Tensor | None,
     coarse_noise: torch.Tensor | None,
     fine_noise: torch.Tensor | None,
-    options: str,
+    *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    parsed = Options.loads(options)
+    parsed = Options(*options)
     weights = DecoderWeights(hidden_weight, hidden_bias, output_weight, output_bias)
     representation, decoder = _field_of_reference(parsed, planes, weights)
     draws = RenderDraws(
         coarse_jitter=coarse_jitter, importance=importance, coarse_noise=coarse_noise, fine_noise=fine_noise
     )
     rays = ray_origins, ray_directions, (near, far)
-    return tuple(march_rays_ref(representation, planes, decoder, *rays, parsed.rendering, draws))
+    return tuple(march_rays_ref(representation, planes, decoder, *rays, parsed.rendering(), draws))
 
 
 def _march_backward(
-    gradients: _Tensors, arguments: _OptionalTensors, needed: Sequence[bool], options: str
+    gradients: _Tensors, arguments: _OptionalTensors, needed: Sequence[bool], *options: Any
 ) -> list[torch.Tensor]:
     def forward(*leaves: torch.Tensor) -> _Tensors:
-        return _march(*leaves, *arguments[len(leaves) :], options)[: len(gradients)]
+        return _march(*leaves, *arguments[len(leaves) :], *options)[: len(gradients)]
 
     return _differentiate(forward, arguments[: sum(_RENDER_GROUPS)], _spread(needed, _RENDER_GROUPS), gradients)
 
@@ -83,22 +84,22 @@ def _query(
     points: torch.Tensor,
     noise: torch.Tensor | None,
     need_colors: bool,
-    options: str,
+    *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    parsed = Options.loads(options)
+    parsed = Options(*options)
     weights = DecoderWeights(hidden_weight, hidden_bias, output_weight, output_bias)
     representation, decoder = _field_of_reference(parsed, planes, weights)
-    sigma, colors = query_field_ref(representation, planes, decoder, points, parsed.rendering, noise)
+    sigma, colors = query_field_ref(representation, planes, decoder, points, parsed.rendering(), noise)
     return sigma.clone(), colors.clone() if need_colors else colors.new_empty(0)
 
 
 def _query_backward(
-    gradients: _OptionalTensors, arguments: _Tensors, needed: Sequence[bool], options: str
+    gradients: _OptionalTensors, arguments: _Tensors, needed: Sequence[bool], *options: Any
 ) -> list[torch.Tensor]:
     given = [g for g in gradients if g is not None]
 
     def forward(*leaves: torch.Tensor) -> _Tensors:
-        return _query(*leaves, None, len(given) == 2, options)[: len(given)]
+        return _query(*leaves, None, len(given) == 2, *options)[: len(given)]
 
     return _differentiate(forward, arguments, _spread(needed, _QUERY_GROUPS), given)
 
@@ -133,13 +134,13 @@ def _register(name: str, reference: Callable, schema: str) -> torch.library.Cust
     """Register an op whose body is the reference, except where a device has a native kernel."""
     op = torch.library.custom_op(f"spherehead::{name}", reference, mutates_args=(), schema=schema)
     for device, module in _KERNELS.items():
-
-        def run(*arguments, kernel=getattr(module, name)):
-            result = kernel(*arguments)
-            return reference(*arguments) if result is None else result
-
-        op.register_kernel(device, run)
+        op.register_kernel(device, functools.partial(_run, getattr(module, name), reference))
     return op
+
+
+def _run(kernel: Callable, reference: Callable, *arguments):
+    result = kernel(*arguments)
+    return reference(*arguments) if result is None else result
 
 
 _FIELD_SCHEMA = "Tensor planes, Tensor hidden_weight, Tensor hidden_bias, Tensor output_weight, Tensor output_bias"
@@ -147,22 +148,23 @@ _march_op = _register(
     "volume_render",
     _march,
     f"({_FIELD_SCHEMA}, Tensor ray_origins, Tensor ray_directions, Tensor near, Tensor far, Tensor coarse_jitter, "
-    "Tensor? importance, Tensor? coarse_noise, Tensor? fine_noise, str options) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? importance, Tensor? coarse_noise, Tensor? fine_noise, {OPTIONS_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 _march_backward_op = _register(
     "volume_render_backward",
     _march_backward,
-    "(Tensor[] gradients, Tensor?[] arguments, bool[] needed, str options) -> Tensor[]",
+    f"(Tensor[] gradients, Tensor?[] arguments, bool[] needed, {OPTIONS_SCHEMA}) -> Tensor[]",
 )
 _query_op = _register(
     "query_field",
     _query,
-    f"({_FIELD_SCHEMA}, Tensor points, Tensor? noise, bool need_colors, str options) -> (Tensor, Tensor)",
+    f"({_FIELD_SCHEMA}, Tensor points, Tensor? noise, bool need_colors, {OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
 )
 _query_backward_op = _register(
     "query_field_backward",
     _query_backward,
-    "(Tensor?[] gradients, Tensor[] arguments, bool[] needed, str options) -> Tensor[]",
+    f"(Tensor?[] gradients, Tensor[] arguments, bool[] needed, {OPTIONS_SCHEMA}) -> Tensor[]",
 )
 
 
@@ -176,18 +178,18 @@ def _(planes, hidden_weight, hidden_bias, output_weight, output_bias, ray_origin
 
 
 @_march_backward_op.register_fake
-def _(gradients, arguments, needed, options):
+def _(gradients, arguments, needed, *options):
     return _fake_gradients(arguments, _spread(needed, _RENDER_GROUPS))
 
 
 @_query_op.register_fake
-def _(planes, hidden_weight, hidden_bias, output_weight, output_bias, points, noise, need_colors, options):
+def _(planes, hidden_weight, hidden_bias, output_weight, output_bias, points, noise, need_colors, *options):
     shape = points.shape[:2]
     return points.new_empty(shape), points.new_empty((*shape, output_bias.shape[0] - 1) if need_colors else (0,))
 
 
 @_query_backward_op.register_fake
-def _(gradients, arguments, needed, options):
+def _(gradients, arguments, needed, *options):
     return _fake_gradients(arguments, _spread(needed, _QUERY_GROUPS))
 
 
@@ -199,7 +201,7 @@ def _fake_gradients(arguments: _Tensors, needed: Sequence[bool]) -> list[torch.T
 
 
 def _keep_march(ctx, inputs, output) -> None:
-    *tensors, ctx.options = inputs
+    tensors, ctx.options = inputs[:NUM_RENDER_TENSORS], inputs[NUM_RENDER_TENSORS:]
     ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(output[3])
 
@@ -208,12 +210,13 @@ def _backward_of_march(ctx, *gradients):
     needs = ctx.needs_input_grad
     needed = [needs[0], any(needs[1:5]), any(needs[5:9])]
     given = [gradient.contiguous() for gradient in gradients[:3]]
-    found = torch.ops.spherehead.volume_render_backward(given, list(ctx.saved_tensors), needed, ctx.options)
-    return (*_of_needed(found, needed, _RENDER_GROUPS), None, None, None, None, None)
+    found = torch.ops.spherehead.volume_render_backward(given, list(ctx.saved_tensors), needed, *ctx.options)
+    return (*_of_needed(found, needed, _RENDER_GROUPS), *[None] * (len(needs) - sum(_RENDER_GROUPS)))
 
 
 def _keep_query(ctx, inputs, output) -> None:
-    *tensors, _, ctx.need_colors, ctx.options = inputs
+    *tensors, _, ctx.need_colors = inputs[: NUM_QUERY_TENSORS + 1]
+    ctx.options = inputs[NUM_QUERY_TENSORS + 1 :]
     ctx.save_for_backward(*tensors)
 
 
@@ -221,8 +224,8 @@ def _backward_of_query(ctx, g_sigma, g_colors):
     needs = ctx.needs_input_grad
     needed = [needs[0], any(needs[1:5]), needs[5]]
     given = [g_sigma.contiguous(), g_colors.contiguous() if ctx.need_colors else None]
-    found = torch.ops.spherehead.query_field_backward(given, list(ctx.saved_tensors), needed, ctx.options)
-    return (*_of_needed(found, needed, _QUERY_GROUPS), None, None, None)
+    found = torch.ops.spherehead.query_field_backward(given, list(ctx.saved_tensors), needed, *ctx.options)
+    return (*_of_needed(found, needed, _QUERY_GROUPS), *[None] * (len(needs) - sum(_QUERY_GROUPS)))
 
 
 def _of_needed(found: _Tensors, needed: Sequence[bool], groups: Sequence[int]) -> list[torch.Tensor | None]:

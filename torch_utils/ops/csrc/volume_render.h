@@ -113,10 +113,10 @@ struct Interval {
     SPHEREHEAD_FN static Interval at(T sigma, T delta) {
         Interval interval;
         interval.density = softplus(sigma - T(1));
-        // A negative length occurs where limits run backwards; the polynomial is for one sign only.
-        const T optical = interval.density * delta;
-        const T alpha = -expm1_nonpositive(-max_of(optical, T(0)));
-        interval.alpha = optical < T(0) ? backwards(optical) : (optical != optical ? optical : alpha);
+        // Not with expm1: an opacity below the rounding of 1 is 0, so that a ray through nothing has no weight at all.
+        // A length is negative where limits run backwards.
+        const T optical = interval.density * delta, shrinking = exp_nonpositive(-absolute(optical));
+        interval.alpha = T(1) - (optical < T(0) ? T(1) / shrinking : shrinking);
         interval.survival = T(1) - interval.alpha + T(kTransmittanceEps);
         return interval;
     }
@@ -126,9 +126,6 @@ struct Interval {
     SPHEREHEAD_FN T sigma_slope(T delta) const {
         return delta * (T(1) - alpha) * softplus_slope_from_value(density);
     }
-
-  private:
-    SPHEREHEAD_FN static T backwards(T optical) { return T(1) - T(1) / exp_nonpositive(optical); }
 };
 
 // Smoothed weight of coarse interval `index` of `count`: max filter, then mean, over neighbours (mip-NeRF), plus a

@@ -553,14 +553,18 @@ void query_backward(const Field& field, const Points& points, const void* g_sigm
                     batch.z[i] = from[3 * i + 2] * T(field.box_scale);
                 }
                 of_scene.evaluate(batch);
-                of_scene.linear_colors(batch, colors);
-                for (std::int64_t i = 0; i < batch.count; ++i) {
-                    const T* const g = row<T>(g_features, index + i, field.outputs);
-                    T* const color = colors + i * d.outputs_padded;
-                    for (std::int64_t o = 0; o < d.outputs_padded; ++o)
-                        color[o] = o < d.outputs ? g[o] * activation_slope(color[o], field.activation) : T(0);
+                if (g_features == nullptr) {
+                    std::fill(g_hidden, g_hidden + batch.count * d.hidden_padded, T(0));
+                } else {
+                    of_scene.linear_colors(batch, colors);
+                    for (std::int64_t i = 0; i < batch.count; ++i) {
+                        const T* const g = row<T>(g_features, index + i, field.outputs);
+                        T* const color = colors + i * d.outputs_padded;
+                        for (std::int64_t o = 0; o < d.outputs_padded; ++o)
+                            color[o] = o < d.outputs ? g[o] * activation_slope(color[o], field.activation) : T(0);
+                    }
+                    backward_colors(d, batch.hidden, batch.count, colors, g_hidden, sums);
                 }
-                backward_colors(d, batch.hidden, batch.count, colors, g_hidden, sums);
                 T* const g_point_features = scatter.features(slot);
                 of_scene.backward_decoder(batch, row<T>(g_sigma, index, 1), g_hidden, g_point_features, sums);
                 scatter.keep(slot, batch);
