@@ -63,10 +63,14 @@ class Sources:
             headers=tuple(sorted([*folder.glob("*.h"), *folder.glob("*.cuh")])),
         )
 
-    def digest(self, files: Sequence[Path]) -> str:
-        """Return a hash over names and contents of some files and of all headers."""
+    def digest(self, kind: str) -> str:
+        """Return a hash over names and contents of what goes into the library of a kind."""
+        if kind == "cuda":
+            files = (*self.cuda, *self.headers)
+        else:
+            files = (*self.shared, *self.cpu, *(file for file in self.headers if file.suffix != ".cuh"))
         digest = hashlib.sha256()
-        for file in (*files, *self.headers):
+        for file in files:
             content = file.read_bytes()
             digest.update(f"{file.name} {len(content)}\n".encode())
             digest.update(content)
@@ -156,9 +160,8 @@ class Recipe:
 
 def content_of(kind: str, sources: Sources, torch: TorchFacts) -> dict[str, Any]:
     """Return what decides whether a library of a kind fits: sources, PyTorch, platform."""
-    files = sources.cuda if kind == "cuda" else (*sources.shared, *sources.cpu)
     platform_name = sysconfig.get_platform()
-    return {"kind": kind, "sources": sources.digest(files), "torch": torch.version, "platform": platform_name}
+    return {"kind": kind, "sources": sources.digest(kind), "torch": torch.version, "platform": platform_name}
 
 
 # CPU ------------------------------------------------------------------------------------------------------------------
