@@ -19,6 +19,8 @@ from tests.helpers.published import (
 from tests.helpers.vectors import SampledTensor, read_vectors, sampled_tensors
 from training.triplane import TriPlaneGenerator
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 TRUNCATION = {"truncation_psi": 0.7, "truncation_cutoff": 5}
 CAMERAS = fixture_cameras()  # made once, because making them draws from the generator that the cases seed
 

@@ -67,7 +67,7 @@ class Golden(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def golden(request, shared_dir) -> Golden:
+def golden(request, shared_dir, kernels) -> Golden:
     folder = shared_dir / "golden"
     with open(folder / f"{request.param}.pkl", "rb") as file:
         networks = legacy.load_network_pkl(file)
