@@ -140,15 +140,18 @@ def test_modulated_conv3x3_any_layout_gives_the_same_bits(kernel, inference):
 
 
 @pytest.mark.parametrize("up", [1, 2])
-def test_modulated_conv3x3_any_thread_count_gives_the_same_bits(kernel, inference, up):
-    x, weight, styles = random(1, 24, 66, 51), random(32, 24, 3, 3, seed=1), random(1, 24, seed=2)
+@pytest.mark.parametrize("shape", [(24, 32, 66, 51), (16, 264, 9, 10)])  # shared out by rows, by output channels
+def test_modulated_conv3x3_any_thread_count_gives_the_same_bits(kernel, inference, shape, up):
+    inputs, outputs, height, width = shape
+    x, weight = random(1, inputs, height, width), random(outputs, inputs, 3, 3, seed=1)
+    options = {"up": up, "fir": FIR if up == 2 else None}
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             conv2d_native.clear_cache()
-            results.append(modulated_conv3x3(x, weight, styles, up=up, fir=FIR if up == 2 else None))
+            results.append(modulated_conv3x3(x, weight, random(1, inputs, seed=2), **options))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -182,7 +185,15 @@ def test_supported_unsuited_tensors_is_false(kernel, inference):
     assert not supported(x.to("meta"), weight.to("meta"))
 
 
-def test_supported_without_native_kernels_is_false_and_results_remain(inference):
+def test_supported_small_work_is_false(inference):
+    if native.load() is None:
+        pytest.skip(f"native kernels are not available: {native.reason()}")
+    assert supported(random(1, 128, 4, 4), random(128, 128, 3, 3))
+    assert not supported(random(1, 32, 8, 8), random(32, 32, 3, 3))
+
+
+def test_supported_without_native_kernels_is_false_and_results_remain(inference, monkeypatch):
+    monkeypatch.setattr(conv2d_native, "_pays", lambda *_: True)
     x, weight = random(1, 8, 8, 8), random(8, 8, 3, 3, seed=1)
     with native.disabled():
         assert not supported(x, weight)

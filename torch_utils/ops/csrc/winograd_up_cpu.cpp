@@ -18,7 +18,8 @@ constexpr int kWindow = Up::kWindow;
 constexpr int kTaps = 4;
 constexpr int kKept = kTaps - 1;       // rows of T kept
 constexpr std::int64_t kSlice = 64;    // columns multiplied before they become results
-constexpr std::int64_t kBlock = 48;    // tiles of a block, at least, where the strip has as many
+constexpr std::int64_t kFilterWidth = 16;  // pixels of which T stays in a second-level cache for all rows of a block
+constexpr std::int64_t kBlock = 64;    // tiles of a block, at least, where the strip has as many
 constexpr std::int64_t kStripRows = 8;  // tile rows of a strip, at least, where the image has as many
 
 // How many products along an axis share the weights of a point.
@@ -32,14 +33,19 @@ struct Plan {
     explicit Plan(const WinogradConv& conv)
         : tiles_y((2 * conv.height + kKept + Up::kResults - 1) / Up::kResults),
           tiles_x((2 * conv.width + kKept + Up::kResults - 1) / Up::kResults),
-          strips(std::clamp<std::int64_t>(tiles_y / kStripRows, 1,
-                                          std::max<std::int64_t>(1, 2 * conv.threads / conv.batch))),
+          strips(strips_of_image(tiles_y, conv.threads, conv.batch)),
           strip((tiles_y + strips - 1) / strips),
           columns(columns_of_task(conv, strips * conv.batch)),
           shares((conv.out_channels + columns - 1) / columns),
           block_rows(std::clamp<std::int64_t>(kBlock / tiles_x, 1, strip)),
           v_row(conv.in_channels + kPad),
-          t_row(Up::kResults * tiles_x * columns) {}
+          t_row(Up::kResults * tiles_x * columns + kPad) {}
+
+    // More strips than threads even out the work, but every strip begins with an extra row of tiles.
+    static std::int64_t strips_of_image(std::int64_t tiles_y, std::int64_t threads, std::int64_t batch) {
+        const std::int64_t wanted = threads == 1 ? 1 : 2 * threads / batch;
+        return std::max<std::int64_t>(1, std::min(tiles_y / kStripRows, wanted));
+    }
 
     std::int64_t products() const { return Up::kProducts * Up::kProducts * block_rows * tiles_x; }
     std::int64_t t_rows() const { return kKept + Up::kResults * block_rows; }
@@ -156,29 +162,32 @@ void transform_products(const Plan& plan, std::int64_t tiles, std::int64_t tile,
     }
 }
 
-// Filters four rows of T, which begin at t, and writes row y of the output.
-void filter_row(const WinogradConv& conv, const Plan& plan, const Block& block, std::int64_t y, const float* t) {
+// Filters four rows of T, which begin at t, and writes the pixels [begin, end) of row y of the output.
+void filter_row(const WinogradConv& conv, const Plan& plan, const Block& block, std::int64_t y, std::int64_t begin,
+                std::int64_t end, const float* t) {
     const std::int64_t width = 2 * conv.width;
     const std::int64_t first_pixel = (block.image * 2 * conv.height + y) * width;
     const float* noise = conv.noise ? conv.noise + block.image * conv.noise_stride + y * width : nullptr;
-    for (std::int64_t x = 0; x < width; x += 2) {  // two outputs share most of T
+    for (std::int64_t x = begin; x < end; x += 2) {  // two outputs share most of T
         float* out = conv.out + (first_pixel + x) * conv.out_channels;
         for (std::int64_t c = block.begin; c < block.end; c += kGroup) {
-            Group sums[2] = {};
+            Group sums[2][kTaps];  // by row of T, because one sum of 16 products would wait for itself
             SPHEREHEAD_UNROLL for (int i = 0; i < kTaps; ++i) {
+                const float* taps = conv.fir + (kTaps - 1 - i) * kTaps;
                 Group values[kTaps + 1];
                 SPHEREHEAD_UNROLL for (int j = 0; j <= kTaps; ++j) {
                     load(values[j], t + i * plan.t_row + (x + j) * plan.columns + c - block.begin);
                 }
-                SPHEREHEAD_UNROLL for (int j = 0; j < kTaps; ++j) {
-                    const float tap = conv.fir[(kTaps - 1 - i) * kTaps + kTaps - 1 - j];
-                    sums[0] += tap * values[j];
-                    sums[1] += tap * values[j + 1];
+                SPHEREHEAD_UNROLL for (int k = 0; k < 2; ++k) {
+                    sums[k][i] = taps[3] * values[k];
+                    SPHEREHEAD_UNROLL for (int j = 1; j < kTaps; ++j) sums[k][i] += taps[3 - j] * values[k + j];
                 }
             }
             const Tail tail(conv, block.image, c);
-            tail.finish(conv, sums[0], noise ? noise + x : nullptr, out + c);
-            tail.finish(conv, sums[1], noise ? noise + x + 1 : nullptr, out + conv.out_channels + c);
+            SPHEREHEAD_UNROLL for (int k = 0; k < 2; ++k) {
+                const Group sum = (sums[k][0] + sums[k][1]) + (sums[k][2] + sums[k][3]);
+                tail.finish(conv, sum, noise ? noise + x + k : nullptr, out + k * conv.out_channels + c);
+            }
         }
     }
 }
@@ -202,8 +211,11 @@ void convolve_block(const WinogradConv& conv, const Plan& plan, const Block& blo
         }
     }
     const std::int64_t t_first = block.row * Up::kResults - kKept, t_end = (block.row + block.rows) * Up::kResults;
-    for (std::int64_t y = std::max(first_y, t_first); y < std::min(2 * conv.height, t_end - kKept); ++y) {
-        filter_row(conv, plan, block, y, t + (y - t_first) * plan.t_row);
+    for (std::int64_t x = 0; x < 2 * conv.width; x += kFilterWidth) {
+        const std::int64_t end = std::min(2 * conv.width, x + kFilterWidth);
+        for (std::int64_t y = std::max(first_y, t_first); y < std::min(2 * conv.height, t_end - kKept); ++y) {
+            filter_row(conv, plan, block, y, x, end, t + (y - t_first) * plan.t_row);
+        }
     }
     std::memmove(t, t + block.rows * Up::kResults * plan.t_row, kKept * plan.t_row * sizeof(float));
 }
