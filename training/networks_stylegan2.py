@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.modulated_conv2d import add_owned, modulated_conv2d, modulated_layer
+from torch_utils.ops.modulated_conv2d import modulated_layer, modulated_to_image
 from torch_utils.ops.upfirdn2d import setup_filter, upsample2d
 from training.config import Architecture, FusedModconv, MappingConfig, NoiseMode, SynthesisConfig, require
 from training.layers import (
@@ -200,17 +199,27 @@ class ToRGBLayer(nn.Module):
         self.weight_gain = 1 / math.sqrt(in_channels)
 
     def forward(
-        self, x: torch.Tensor, w: torch.Tensor, fused: bool, output_projection: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        fused: bool,
+        output_projection: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
+        fir: torch.Tensor | None = None,
+        up: int = 1,
     ) -> torch.Tensor:
-        """Map `[B, in, H, W]` to `[B, out, H, W]`, or to `[B, out', H, W]` through a matrix `[out', out]`."""
+        """Map `[B, in, H, W]` to `[B, out, H, W]`, or to `[B, out', H, W]` through a matrix `[out', out]`.
+
+        It is added to `image`, if there is one, enlarged by `up` through `fir`; see `modulated_to_image`.
+        """
         weight, bias = self.weight, self.bias
         if output_projection is not None:
             require(self.conv_clamp is None, "output_projection", "a layer without conv_clamp", self.conv_clamp)
             weight = torch.einsum("po,oikl->pikl", output_projection, weight)
             bias = output_projection @ bias
         styles = self.affine(w) * self.weight_gain
-        x = modulated_conv2d(x, weight, styles, demodulate=False, fused=fused)
-        return bias_act(x, bias, clamp=self.conv_clamp, inplace=True)
+        stream = {"image": image, "fir": fir, "up": up}
+        return modulated_to_image(x, weight, styles, bias, clamp=self.conv_clamp, fused=fused, **stream)
 
 
 class SynthesisBlock(nn.Module):
@@ -289,11 +298,10 @@ class SynthesisBlock(nn.Module):
             x = self.conv0(x.to(dtype), w_convs[0], options, fused)
             x = self.conv1(x, w_convs[1], options, fused)
 
-        if img is not None and self.up == 2:
-            img = upsample2d(img, self.resample_filter)
         if self.torgb is not None:
-            rgb = self.torgb(x, w_torgb, fused, output_projection).to(parameter_dtype)
-            img = rgb if img is None else add_owned(rgb, img)
+            img = self.torgb(x, w_torgb, fused, output_projection, image=img, fir=self.resample_filter, up=self.up)
+        elif img is not None and self.up == 2:
+            img = upsample2d(img, self.resample_filter)
         return x, img
 
     def _is_fused(self, options: SynthesisOptions) -> bool:

@@ -34,7 +34,9 @@ def conv2d_resample(
     """
     if up not in (1, 2) or down not in (1, 2) or up * down == 4:
         raise ValueError(f"conv2d_resample: expected up and down of 1 or 2, not both 2; got up={up}, down={down}")
-    x = _order_for_speed(x)
+    large = x.shape[2] * x.shape[3] > weight[:, 0].numel()  # else converting the weights takes longer than it saves
+    if large:
+        x = _order_for_speed(x)
     if up == down == 1:
         return F.conv2d(x, weight, padding=padding, groups=groups)
     if fir is None:
@@ -46,7 +48,9 @@ def conv2d_resample(
     if down == 2:
         pad = padding + (fir.shape[-1] - 1) // 2
         return F.conv2d(upfirdn2d(x, fir, padding=pad), weight, stride=2, groups=groups)
-    weight = _order_for_speed(_swap_in_out(weight, groups))
+    weight = _swap_in_out(weight, groups)
+    if large:
+        weight = _order_for_speed(weight)
     x = F.conv_transpose2d(x, weight, stride=2, groups=groups)
     pad = padding + (fir.shape[-1] - 4) // 2
     return upfirdn2d(x, fir, padding=pad, gain=4.0)

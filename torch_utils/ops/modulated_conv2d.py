@@ -9,8 +9,10 @@ import torch
 from torch_utils.ops import conv2d_native
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.conv2d_resample import conv2d_resample
+from torch_utils.ops.upsample_bias import upsample_bias
 
 _NORM_EPS = 1e-8
+_FEWEST_PIXELS = 32 * 32  # of images whose layers are worth transformed weights: memory, and time of the first call
 
 
 def modulated_layer(
@@ -35,11 +37,74 @@ def modulated_layer(
     Args: as of `modulated_conv2d` and `bias_act`. `weight` should be the parameter itself: what the kernel makes of it
     is kept for the next call.
     """
-    if not _records_gradients(x, weight, styles, noise, bias) and conv2d_native.supported(x, weight, up):
+    large = x.shape[2] * x.shape[3] >= _FEWEST_PIXELS
+    if large and not _records_gradients(x, weight, styles, noise, bias) and conv2d_native.supported(x, weight, up):
         tail = {"bias": bias, "activation": activation, "gain": gain, "clamp": clamp}
         return conv2d_native.modulated_conv3x3(x, weight, styles, up=up, fir=fir, noise=noise, **tail)
     x = modulated_conv2d(x, weight, styles, noise=noise, fir=fir, up=up, fused=fused)
     return bias_act(x, bias, activation, gain=gain, clamp=clamp, inplace=True)
+
+
+def modulated_to_image(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    styles: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    image: torch.Tensor | None = None,
+    fir: torch.Tensor | None = None,
+    up: int = 1,
+    clamp: float | None = None,
+    fused: bool = True,
+) -> torch.Tensor:
+    """Add `bias_act(modulated_conv2d(x, weight, styles, demodulate=False), bias)` to the image stream (ToRGB).
+
+    In inference on a CPU this is a matrix product for every image, which accumulates onto the upsampled image.
+
+    Args:
+        x: features `[B, I, H, W]`.
+        weight: `[O, I, 1, 1]`.
+        styles: `[B, I]` in the dtype of the parameters.
+        bias: `[O]`.
+        image: `[B, O, H / up, W / up]`, to add to; None begins the stream.
+        fir: resampling filter, where `up` is 2.
+        up: 1 or 2.
+        clamp: bound of the absolute value of what is added.
+        fused: as of `modulated_conv2d`.
+
+    Returns:
+        `[B, O, H, W]` in the dtype of the parameters.
+    """
+    if x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_grad_enabled():
+        return _accumulate_image(x, weight, styles, bias, image, fir, up, clamp)
+    rgb = modulated_conv2d(x, weight, styles, demodulate=False, fused=fused)
+    rgb = bias_act(rgb, bias, clamp=clamp, inplace=True).to(weight.dtype)
+    if image is None:
+        return rgb
+    return add_owned(rgb, upsample_bias(image, fir) if up == 2 else image)
+
+
+def _accumulate_image(x, weight, styles, bias, image, fir, up, clamp):
+    """Compute `modulated_to_image` in memory of its own, channels last."""
+    adds = image is not None and up == 2 and clamp is None  # otherwise the product comes first
+    if adds:
+        out = upsample_bias(image, fir, bias).contiguous(memory_format=torch.channels_last)
+        pixels = _as_pixels(out)
+    else:
+        pixels = bias.expand(x.shape[0], x.shape[2] * x.shape[3], -1).clone()  # [B, H W, O]
+    x = x.contiguous(memory_format=torch.channels_last)
+    pixels.baddbmm_(_as_pixels(x), styles[:, :, None] * weight.flatten(1).T)  # [B, I, O]
+    if adds:
+        return out
+    pixels = pixels if clamp is None else pixels.clamp_(-clamp, clamp)
+    if image is not None:
+        pixels.add_(_as_pixels(upsample_bias(image, fir) if up == 2 else image))
+    return pixels.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _as_pixels(x: torch.Tensor) -> torch.Tensor:
+    """View `[B, C, H, W]`, channels last in memory, as `[B, H W, C]`."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _records_gradients(*tensors: torch.Tensor | None) -> bool:
@@ -85,7 +150,7 @@ def modulated_conv2d(
         scale = (energy + _NORM_EPS).rsqrt()
 
     padding = kernel_size // 2
-    if fused and (batch == 1 or x.device.type != "cpu"):  # on a CPU, grouped convolutions are slower than scaling
+    if fused and (x.device.type != "cpu" or (batch == 1 and not _is_small(x, weight, up))):
         scales = styles[:, None] if scale is None else scale[:, :, None] * styles[:, None]  # [B, O or 1, I]
         weights = weight * scales[..., None, None]  # [B, O, I, k, k]
         if batch > 1:
@@ -99,6 +164,12 @@ def modulated_conv2d(
         if scale is not None:
             x = x * scale.to(x.dtype)[:, :, None, None]
     return x if noise is None else add_owned(x, noise.to(x.dtype))
+
+
+def _is_small(x: torch.Tensor, weight: torch.Tensor, up: int) -> bool:
+    """Whether it is cheaper to scale the activations than the weights; so it is, on a CPU, for groups of channels."""
+    out_channels, in_channels, *_ = weight.shape
+    return x.shape[2] * x.shape[3] * (in_channels + out_channels * up**2) < weight.numel()
 
 
 def add_owned(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
