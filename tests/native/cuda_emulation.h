@@ -241,6 +241,21 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
+// Fast approximations, with errors as large as NVIDIA's documentation allows.
+inline float with_error(float x, float error) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return x + (bits & 1 ? error : -error);
+}
+inline float __expf(float x) {
+    const float exact = std::exp(x);
+    return with_error(exact, exact * (2.0f + std::abs(1.173f * x)) * 5.96e-8f);
+}
+inline float __logf(float x) {
+    if (x < 0.5f || x > 2.0f) cuda_emulation::fail("__logf is imitated from 0.5 to 2 only");
+    return with_error(std::log(x), 3.6e-7f);
+}
+
 template <class T>
 T __ldg(const T* p) {
     return *p;

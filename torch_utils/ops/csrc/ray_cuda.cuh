@@ -210,24 +210,27 @@ class RayBlock : public FieldBlock<kAllShared> {
         __syncthreads();
     }
 
-    // Merges all samples: a stable sort, by counting how many come before each. NaN comes last.
+    // Merges all samples: a stable sort, by counting how many come before each; two lanes count for one. NaN comes
+    // last.
     SPHEREHEAD_DEVICE void sort(bool merge) const {
         const int samples = ray_.samples;
         const float* const t = numbers(kDepth);
         float* const key = numbers(kKey);
         for_each_thread(samples, [&](int i) { key[i] = t[i] == t[i] ? t[i] : __int_as_float(0x7f800000); });
         __syncthreads();
-        for_each_thread(samples, [&](int i) {
-            int place = merge ? 0 : i;
-            if (merge) {
+        for (int first = 0; first < 2 * samples; first += kThreads) {
+            const int i = (first + thread_index()) / 2, part = thread_index() % 2;
+            int place = merge || part == 1 ? 0 : i;
+            if (merge && i < samples) {
                 const float mine = key[i];
-                for (int j = 0; j < i; ++j) place += key[j] <= mine;
-                for (int j = i + 1; j < samples; ++j) place += key[j] < mine;
+                for (int j = part; j < samples; j += 2) place += (key[j] < mine) | ((key[j] == mine) & (j < i));
             }
+            place += __shfl_xor_sync(kAllLanes, place, 1);
+            if (i >= samples || part == 1) continue;
             integers(kOrder)[place] = i;
             numbers(kSortedDepth)[place] = t[i];
             numbers(kSortedSigma)[place] = numbers(kSigma)[i];
-        });
+        }
         __syncthreads();
     }
 
