@@ -61,7 +61,7 @@ def volume_render(
     name, planes = _as_kernel_planes(representation, planes)
     march = torch.ops.spherehead.volume_render(
         planes,
-        *(weight.to(planes.dtype) for weight in decoder.weights()),
+        *(weight.to(_compute_dtype(planes)) for weight in decoder.weights()),
         ray_origins.contiguous(),
         ray_directions.contiguous(),
         *(limit.contiguous() for limit in ray_limits(ray_origins, ray_directions, config)),
@@ -92,12 +92,12 @@ def query_field(
     require(fits, "points", f"shape {expected}", tuple(points.shape))
     if noise is not None:
         require(noise.shape == points.shape[:2], "noise", f"shape {tuple(points.shape[:2])}", tuple(noise.shape))
-        noise = noise.to(points.dtype).contiguous()
+        noise = noise.to(_compute_dtype(planes)).contiguous()
     name, planes = _as_kernel_planes(representation, planes)
     sigma, colors = torch.ops.spherehead.query_field(
         planes,
-        *(weight.to(planes.dtype) for weight in decoder.weights()),
-        points.to(planes.dtype).contiguous(),
+        *(weight.to(_compute_dtype(planes)) for weight in decoder.weights()),
+        points.to(_compute_dtype(planes)).contiguous(),
         noise,
         need_colors,
         *Options.of(name, decoder.activation, config),
@@ -147,7 +147,8 @@ def _compute_dtype(planes: torch.Tensor) -> torch.dtype:
 
 def _as_kernel_planes(representation: Representation, planes: torch.Tensor) -> tuple[str, torch.Tensor]:
     name = representation_name(representation)
-    return name, channels_last(name, planes.to(_compute_dtype(planes)))
+    readable = ops.has_kernel(planes.device, planes.dtype)
+    return name, channels_last(name, planes if readable else planes.to(_compute_dtype(planes)))
 
 
 def _check_rays(planes: torch.Tensor, origins: torch.Tensor, directions: torch.Tensor) -> tuple[int, int]:

@@ -32,9 +32,10 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _field_of_reference(options: Options, planes: torch.Tensor, weights: DecoderWeights):
+    """Return representation, planes in the precision of the decoder, and decoder."""
     depth = {"dual_spherical": 3, "tri_plane": 1}.get(options.representation) or planes.shape[3]
     decoder = functools.partial(decode, weights=weights, activation=options.activation)
-    return make_representation(options.representation, depth), decoder
+    return make_representation(options.representation, depth), planes.to(weights.hidden_weight.dtype), decoder
 
 
 # ---- references: the default bodies ----
@@ -58,12 +59,12 @@ def _march(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     parsed = Options(*options)
     weights = DecoderWeights(hidden_weight, hidden_bias, output_weight, output_bias)
-    representation, decoder = _field_of_reference(parsed, planes, weights)
+    field = _field_of_reference(parsed, planes, weights)
     draws = RenderDraws(
         coarse_jitter=coarse_jitter, importance=importance, coarse_noise=coarse_noise, fine_noise=fine_noise
     )
     rays = ray_origins, ray_directions, (near, far)
-    return tuple(march_rays_ref(representation, planes, decoder, *rays, parsed.rendering(), draws))
+    return tuple(march_rays_ref(*field, *rays, parsed.rendering(), draws))
 
 
 def _march_backward(
@@ -88,8 +89,8 @@ def _query(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parsed = Options(*options)
     weights = DecoderWeights(hidden_weight, hidden_bias, output_weight, output_bias)
-    representation, decoder = _field_of_reference(parsed, planes, weights)
-    sigma, colors = query_field_ref(representation, planes, decoder, points, parsed.rendering(), noise)
+    field = _field_of_reference(parsed, planes, weights)
+    sigma, colors = query_field_ref(*field, points, parsed.rendering(), noise)
     return sigma.clone(), colors.clone() if need_colors else colors.new_empty(0)
 
 

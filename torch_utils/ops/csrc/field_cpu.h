@@ -12,6 +12,15 @@
 
 namespace spherehead::SPHEREHEAD_ISA {
 
+template <class T>
+const T* row(const void* data, std::int64_t index, std::int64_t width) {
+    return data ? static_cast<const T*>(data) + index * width : nullptr;
+}
+template <class T>
+T* row(void* data, std::int64_t index, std::int64_t width) {
+    return data ? static_cast<T*>(data) + index * width : nullptr;
+}
+
 // Memory that is handed out in aligned pieces.
 class Arena {
   public:
@@ -413,5 +422,15 @@ class FieldOfScene {
     const Decoder<T>& decoder_;
     const T* planes_;
 };
+
+// Calls f for the representation of a field; returns 0 when done, 1 without memory, 2 for an unknown representation.
+template <class T, class F>
+int run_kernel(const Field& field, const F& f) {
+    try {
+        return with_representation<T>(field.representation, f) ? 0 : 2;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
 
 }  // namespace spherehead::SPHEREHEAD_ISA
