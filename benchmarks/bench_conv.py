@@ -31,8 +31,8 @@ from dnnlib.atomic import atomic_write
 from torch_utils import native
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.conv2d_native import cached_bytes, clear_cache, modulated_conv3x3
+from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from torch_utils.ops.upfirdn2d import setup_filter
-from training.layers import modulated_conv2d
 
 FMA_SOURCE = Path(__file__).with_name("fma_peak.cpp")
 _TILE = 4
