@@ -38,7 +38,7 @@ struct FieldShape {
 // The arrays of a block, most wanted in shared memory first. [] are numbers of 4 bytes.
 enum Buffer : int {
     kScratch,        // [kThreads]
-    kPointX, kPointY, kPointZ, kPointSigma, kPointWeight, kPointGradient,  // [capacity]
+    kPointX, kPointY, kPointZ, kPointSigma, kPointWeight,  // [capacity]
     kCoordinates,    // [coordinates, capacity]
     kFactors,        // [factors, capacity]
     kRayNumbers,     // by sample; see ray_cuda.cuh
@@ -52,7 +52,8 @@ enum Buffer : int {
     kColorWeight,    // [O', U']
     kColorWeightT,   // [U, O']
     kSums,           // see DecoderSums
-    kNumBuffers
+    kNumBuffers,
+    kPointGradient = kPointSigma,  // in the backward pass
 };
 
 // Where they are: offsets in bytes, in shared memory or in the block's part of the workspace.
@@ -159,7 +160,7 @@ struct FieldTask {
     int* largest;            // bits of the largest gradient of a feature
     int contribution_bits;   // no texel receives more than 2^bits gradients
     PlaneGradients planes;
-    bool backward, want_sums, want_positions;
+    bool backward, reads_colors, want_sums, want_positions;
 };
 
 template <bool kAllShared>
@@ -187,7 +188,8 @@ class FieldBlock {
         copy(at(kHiddenBias), 1, s.hidden_padded, data(task.field.hidden_bias), 1, s.hidden, 0, 1);
         copy(at(kSigmaWeight), 1, s.hidden_padded, w2, 1, s.hidden, 0, 1);
         copy(at(kColorBias), 1, s.outputs_padded, data(task.field.output_bias) + 1, 1, s.outputs, 0, 1);
-        copy(at(kColorWeightT), s.hidden, s.outputs_padded, w2 + s.hidden, s.hidden, s.outputs, 1, s.hidden);
+        if (task.reads_colors)
+            copy(at(kColorWeightT), s.hidden, s.outputs_padded, w2 + s.hidden, s.hidden, s.outputs, 1, s.hidden);
         if (task.backward) {
             copy(at(kHiddenWeight), s.hidden, s.channels_padded, w1, s.hidden, s.channels, s.channels, 1);
             copy(at(kColorWeight), s.outputs_padded, s.hidden_padded, w2 + s.hidden, s.outputs, s.hidden, s.hidden, 1);

@@ -120,31 +120,31 @@ FieldShape shape_of(const Field& f, const CudaOptions& options, int capacity, in
 }
 
 // Bytes of every buffer.
-void size_buffers(const FieldShape& s, bool backward, bool sums, std::int64_t ray_numbers,
-                  std::int64_t (&bytes)[kNumBuffers]) {
+void size_buffers(const FieldTask& task, std::int64_t ray_numbers, std::int64_t (&bytes)[kNumBuffers]) {
+    const FieldShape& s = task.shape;
     const auto set = [&](Buffer buffer, std::int64_t numbers) { bytes[buffer] = round_up(4 * numbers, 16); };
     const std::int64_t axes = std::int64_t(s.planes) * s.dims * s.tile, capacity = s.capacity;
     set(kScratch, kThreads);
-    for (Buffer b : {kPointX, kPointY, kPointZ, kPointSigma, kPointWeight, kPointGradient}) set(b, capacity);
+    for (Buffer b : {kPointX, kPointY, kPointZ, kPointSigma, kPointWeight}) set(b, capacity);
     set(kCoordinates, s.coordinates * capacity), set(kFactors, s.factors * capacity);
     set(kRayNumbers, ray_numbers);
     for (Buffer b : {kHiddenBias, kSigmaWeight, kComposited}) set(b, s.hidden_padded);
     set(kColorBias, s.outputs_padded);
-    set(kFeatures, (backward ? capacity : s.tile) * s.feature_stride);
+    set(kFeatures, (task.backward ? capacity : s.tile) * s.feature_stride);
     set(kHiddenWeightT, std::int64_t(s.channels) * s.hidden_padded);
     set(kHidden, capacity * s.hidden_stride);
-    set(kColorWeightT, std::int64_t(s.hidden) * s.outputs_padded);
+    if (task.reads_colors) set(kColorWeightT, std::int64_t(s.hidden) * s.outputs_padded);
     const std::int64_t of_warps = std::int64_t(kWarps) * s.outputs_padded;
-    if (!backward) {
+    if (!task.backward) {
         set(kTaps, std::max(4 * axes, of_warps));
         return;
     }
     const std::int64_t taps = (4 + 2) * axes + std::int64_t(s.planes) * (s.dims + 1) * s.tile;
-    set(kTaps, std::max(taps, capacity * s.color_stride));
+    set(kTaps, task.reads_colors ? std::max(taps, capacity * s.color_stride) : taps);
     set(kQuery, s.hidden_padded), set(kColorGradient, s.outputs_padded);
     set(kHiddenWeight, std::int64_t(s.hidden) * s.channels_padded);
     set(kColorWeight, std::int64_t(s.outputs_padded) * s.hidden_padded);
-    if (sums) set(kSums, DecoderSums::of(s).size);
+    if (task.want_sums) set(kSums, DecoderSums::of(s).size);
 }
 
 struct DeviceLimits {
@@ -227,7 +227,7 @@ cudaError_t prepare(FieldTask& field, std::int64_t ray_numbers, std::int64_t uni
     DeviceLimits limits;
     SPHEREHEAD_TRY(find_limits(int(options.device), limits));
     std::int64_t bytes[kNumBuffers] = {};
-    size_buffers(field.shape, field.backward, field.want_sums, ray_numbers, bytes);
+    size_buffers(field, ray_numbers, bytes);
     if (!make_plan(bytes, limits, field.plan)) return cudaErrorInvalidValue;
     const MemoryPlan& plan = field.plan;
     launch.kernel = plan.all_shared() ? all_shared : mixed;

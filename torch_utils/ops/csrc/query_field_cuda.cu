@@ -4,7 +4,7 @@
 namespace spherehead::SPHEREHEAD_ISA {
 namespace {
 
-constexpr int kQueryTile = 64, kQueryCapacity = 128;
+constexpr int kQueryTile = 64, kQueryCapacity = 128, kQueryTileBackward = 32, kQueryCapacityBackward = 96;
 
 struct QueryTask {
     FieldTask field;
@@ -127,11 +127,14 @@ cudaError_t plan_query(const Field& field, const Points& points, const FieldGrad
     if (!is_supported(field, options)) return cudaErrorInvalidValue;
     task = {};
     task.field.field = field;
-    task.field.shape = shape_of(field, options, kQueryCapacity, kQueryTile);
+    task.field.shape = gradients ? shape_of(field, options, kQueryCapacityBackward, kQueryTileBackward)
+                                 : shape_of(field, options, kQueryCapacity, kQueryTile);
     if (task.field.shape.planes == 0) return cudaErrorInvalidValue;
     task.points = points;
     task.density_noise = float(points.density_noise);
-    task.tiles_per_scene = (points.count + kQueryCapacity - 1) / kQueryCapacity;
+    task.field.reads_colors = true;
+    const int capacity = task.field.shape.capacity;
+    task.tiles_per_scene = (points.count + capacity - 1) / capacity;
     task.end_tile = field.scenes * task.tiles_per_scene;
     if (gradients != nullptr) {
         if (!is_aligned(gradients->planes)) return cudaErrorInvalidValue;

@@ -10,12 +10,11 @@ enum RayNumber : int {
     kDepth, kSigma,               // by sample: coarse, then fine
     kSortedDepth, kSortedSigma,   // by place along the ray
     kAlpha, kSurvival, kDensity, kTransmittance, kWeight,  // by interval
-    kSampleWeight,                // by place
     kOrder,                       // sample at a place
     kPointOf, kSampleOf,          // point of a sample, -1 where it is cropped; and back
     kNumRayNumbers,
     // While fine samples are drawn:
-    kCdf = kSortedDepth, kPdf = kSortedSigma, kBin = kSampleWeight,
+    kCdf = kSortedDepth, kPdf = kSortedSigma, kBin = kAlpha,
     // In the backward pass:
     kPlaceGradient = kSigma, kBehind = kSigma, kIntervalGradient = kDepth, kDepthGradient = kDensity,
     kMidSigmaGradient = kAlpha, kDeltaGradient = kSurvival,
@@ -107,11 +106,11 @@ class RayBlock : public FieldBlock<kAllShared> {
             begin = coarse, end = samples;
         }
         for_each_thread(samples, [&](int i) {
+            const int point = integers(kPointOf)[integers(kOrder)[i]];
+            if (point < 0) return;
             const float* const weights = numbers(kWeight);
             const float before = i > 0 ? weights[i - 1] : 0.0f, after = i + 1 < samples ? weights[i] : 0.0f;
-            numbers(kSampleWeight)[i] = (before + after) * 0.5f;
-            const int point = integers(kPointOf)[integers(kOrder)[i]];
-            if (point >= 0) at(kPointWeight)[point] = (before + after) * 0.5f;
+            at(kPointWeight)[point] = (before + after) * 0.5f;
         });
         __syncthreads();
         return points;
@@ -239,17 +238,13 @@ class RayBlock : public FieldBlock<kAllShared> {
     SPHEREHEAD_DEVICE float middle(int i) const {
         return (numbers(kSortedDepth)[i] + numbers(kSortedDepth)[i + 1]) * 0.5f;
     }
-    // By every warp.
+    // The sum of the weights of intervals, and also of samples, to which intervals are halved. By every warp.
     SPHEREHEAD_DEVICE float accumulation() const {
         return sum_by_warp(ray_.samples - 1, [&](int i) { return numbers(kWeight)[i]; });
     }
     SPHEREHEAD_DEVICE float weighted_depth() const {
         return sum_by_warp(ray_.samples - 1, [&](int i) { return numbers(kWeight)[i] * middle(i); });
     }
-    SPHEREHEAD_DEVICE float sum_of_sample_weights() const {
-        return sum_by_warp(ray_.samples, [&](int i) { return numbers(kSampleWeight)[i]; });
-    }
-
     SPHEREHEAD_DEVICE void write_scalars(std::int64_t index) const {
         if (warp_index() != 0) return;
         const float total = accumulation(), depth = weighted_depth();
@@ -274,7 +269,7 @@ class RayBlock : public FieldBlock<kAllShared> {
     // Without an activation, the colour layer is linear: it is applied once, to the composited hidden units.
     SPHEREHEAD_DEVICE void composite_hidden(std::int64_t index, int points) const {
         sum_hidden(points);
-        const float total = sum_of_sample_weights();
+        const float total = accumulation();
         float* const out = output(ray_.outputs.features, index, shape.outputs);
         sum_columns(
             shape.outputs_padded, shape.hidden, scratch(),
@@ -337,7 +332,7 @@ class RayBlock : public FieldBlock<kAllShared> {
             sum_hidden(points);
             add_outer_products(at(kSums) + sums.color_weight, shape.outputs_padded, width, 1, gradient, 0,
                                at(kComposited), 0);
-            const float total = sum_of_sample_weights();
+            const float total = accumulation();
             for_each_thread(shape.outputs_padded,
                             [&](int o) { at(kSums)[sums.color_bias + o] += gradient[o] * total; });
         }

@@ -43,6 +43,7 @@ cudaError_t plan_render(const Field& field, const Rays& rays, const RenderGradie
     task.field.field = field;
     task.field.shape = shape_of(field, options, int(samples), gradients ? kRayTileBackward : kRayTile);
     if (task.field.shape.planes == 0) return cudaErrorInvalidValue;  // an unknown representation
+    task.field.reads_colors = gradients == nullptr || field.activation != kNoActivation;
     task.rays = rays;
     task.coarse = int(rays.coarse), task.samples = int(samples);
     task.stride = int(round_up(std::max<std::int64_t>(samples, kWarps), 4));
