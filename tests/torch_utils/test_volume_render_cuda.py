@@ -208,6 +208,22 @@ def assert_close(ours: tuple[list, list], expected: tuple[list, list]) -> None:
         assert F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0) >= GRADIENT_COSINE
 
 
+def assert_renders_like_the_reference(call: Call) -> None:
+    ours, expected = render(call), render(call, ops)
+    if call.options.disparity_space_sampling:  # limits are constants then
+        ours, expected = (ours[0], ours[1][:7]), (expected[0], expected[1][:7])
+    assert_close(ours, expected)
+
+
+def assert_queries_like_the_reference(call: Call) -> None:
+    ours, expected = query(call), query(call, ops)
+    # On axes and at the origin the gradient has no limit: it is finite, and compared elsewhere.
+    assert ours[1][5].isfinite().all()
+    for found in (ours, expected):
+        found[1][5] = found[1][5][:, 7:]
+    assert_close(ours, expected)
+
+
 def assert_same(ours: tuple[list, list], expected: tuple[list, list]) -> None:
     for a, b in zip(itertools.chain(*ours), itertools.chain(*expected), strict=True):
         assert a.equal(b)
@@ -299,11 +315,7 @@ def test_volume_render_every_setting_equals_the_reference(gpu, activation, field
         assert not features.any() and not depth.any() and not opacity.any()
         assert all((g.abs() < 1e-30).all() for g in gradients)  # the density that is left is exp(-87)
         return
-    call = make_render(activation=activation, **fields)
-    ours, expected = render(call), render(call, ops)
-    if call.options.disparity_space_sampling:  # limits are constants then
-        ours, expected = (ours[0], ours[1][:7]), (expected[0], expected[1][:7])
-    assert_close(ours, expected)
+    assert_renders_like_the_reference(make_render(activation=activation, **fields))
 
 
 @pytest.mark.parametrize("name", PLANES_SHAPES)
@@ -420,13 +432,7 @@ def test_kernels_too_wide_or_of_other_dtypes_are_left_to_the_reference(gpu):
 @pytest.mark.parametrize("activation", ["none", "sigmoid", "lrelu"])
 @pytest.mark.parametrize("name", PLANES_SHAPES)
 def test_query_field_equals_the_reference(gpu, name, activation):
-    call = make_query(name, activation)
-    ours, expected = query(call), query(call, ops)
-    # On axes and at the origin the gradient has no limit: it is finite, and compared elsewhere.
-    assert ours[1][5].isfinite().all()
-    for found in (ours, expected):
-        found[1][5] = found[1][5][:, 7:]
-    assert_close(ours, expected)
+    assert_queries_like_the_reference(make_query(name, activation))
 
 
 @pytest.mark.parametrize(
@@ -462,8 +468,7 @@ def test_volume_render_on_a_gpu_equals_the_reference(name, activation):
 @pytest.mark.gpu
 @pytest.mark.parametrize("fields", [fields for fields in SETTINGS.values() if "expect_nothing" not in fields])
 def test_volume_render_on_a_gpu_every_setting_equals_the_reference(fields):
-    call = make_render(activation="sigmoid", **fields).to("cuda")
-    assert_close(render(call), render(call, ops))
+    assert_renders_like_the_reference(make_render(activation="sigmoid", **fields).to("cuda"))
 
 
 @pytest.mark.gpu
@@ -486,8 +491,4 @@ def test_volume_render_on_a_gpu_deterministic_mode_repeats_every_bit(determinist
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PLANES_SHAPES)
 def test_query_field_on_a_gpu_equals_the_reference(name):
-    call = make_query(name, "sigmoid", points=5000).to("cuda")
-    ours, expected = query(call), query(call, ops)
-    for found in (ours, expected):
-        found[1][5] = found[1][5][:, 7:]
-    assert_close(ours, expected)
+    assert_queries_like_the_reference(make_query(name, "sigmoid", points=5000).to("cuda"))

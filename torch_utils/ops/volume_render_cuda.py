@@ -45,7 +45,7 @@ def volume_render(*arguments: Any) -> tuple[torch.Tensor, ...] | None:
     tensors, options = list(arguments[: cpu.NUM_RENDER_TENSORS]), Options(*arguments[cpu.NUM_RENDER_TENSORS :])
     if not _supported(tensors):
         return None
-    tensors[0] = _aligned(tensors[0])
+    tensors[0] = _aligned(tensors[0], options.representation)
     field, rays = cpu.render_structures(tensors, options)
     outputs = cpu.render_outputs(tensors)
     results = RenderOutputs.of(**outputs._asdict())
@@ -59,9 +59,10 @@ def volume_render_backward(
     """See `spherehead::volume_render_backward`."""
     if not _supported(arguments):
         return None
-    planes = _aligned(arguments[0])
+    parsed = Options(*options)
+    planes = _aligned(arguments[0], parsed.representation)
     arguments = [planes, *arguments[1:]]
-    field, rays = cpu.render_structures(arguments, Options(*options))
+    field, rays = cpu.render_structures(arguments, parsed)
     of_field, of_rays = _field_gradients(arguments, needed), cpu.ray_gradients(arguments, needed)
     wanted = cpu.render_gradients_structure(gradients, of_field, of_rays)
     _call("volume_render_backward", planes, (field, rays, wanted), (field, rays, wanted))
@@ -70,11 +71,12 @@ def volume_render_backward(
 
 def query_field(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """See `spherehead::query_field`."""
-    tensors, (need_colors, *options) = list(arguments[: cpu.NUM_QUERY_TENSORS]), arguments[cpu.NUM_QUERY_TENSORS :]
+    *tensors, need_colors = arguments[: cpu.NUM_QUERY_TENSORS + 1]
+    options = Options(*arguments[cpu.NUM_QUERY_TENSORS + 1 :])
     if not _supported(tensors):
         return None
-    tensors[0] = _aligned(tensors[0])
-    field, points = cpu.query_structures(tensors, Options(*options))
+    tensors[0] = _aligned(tensors[0], options.representation)
+    field, points = cpu.query_structures(tensors, options)
     sigma, colors = cpu.query_outputs(tensors, need_colors)
     results = sigma, colors if need_colors else None
     _call("query_field", tensors[0], (field, points, *results), (field, points, None))
@@ -87,9 +89,10 @@ def query_field_backward(
     """See `spherehead::query_field_backward`."""
     if not _supported(arguments):
         return None
-    planes = _aligned(arguments[0])
+    parsed = Options(*options)
+    planes = _aligned(arguments[0], parsed.representation)
     arguments = [planes, *arguments[1:]]
-    field, points = cpu.query_structures([*arguments, None], Options(*options))
+    field, points = cpu.query_structures([*arguments, None], parsed)
     of_field = _field_gradients(arguments, needed)
     of_points = torch.empty_like(arguments[5]) if needed[2] else arguments[5].new_empty(0)
     wanted = FieldGradients.of_tensors(of_field)
@@ -149,14 +152,14 @@ def _supported(tensors: OptionalTensors) -> bool:
     return rest_fits and 1 <= min(widths) and max(widths) <= _MAX_WIDTH and is_available(planes.dtype)
 
 
-def _aligned(planes: torch.Tensor) -> torch.Tensor:
+def _aligned(planes: torch.Tensor, representation: str) -> torch.Tensor:
     """Return planes every texel of which begins at a multiple of 16 bytes and has memory of its own."""
-    strides = [stride for size, stride in zip(planes.shape, planes.stride()) if size > 1 and stride != 1]
-    whole = all(stride > 0 and stride * planes.element_size() % _ALIGNMENT == 0 for stride in strides)
+    channel_axis = cpu.LAYOUTS[representation].channel_axis
+    steps = [planes.stride(i) for i, size in enumerate(planes.shape) if size > 1 and i != channel_axis]
+    whole = all(step > 0 and step * planes.element_size() % _ALIGNMENT == 0 for step in steps)
     if whole and planes.data_ptr() % _ALIGNMENT == 0:
         return planes
-    channel_axis = planes.stride().index(1)
-    return planes.movedim(channel_axis, -1).contiguous().clone().movedim(-1, channel_axis)
+    return planes.movedim(channel_axis, -1).clone(memory_format=torch.contiguous_format).movedim(-1, channel_axis)
 
 
 def _field_gradients(tensors: OptionalTensors, needed: Sequence[bool]) -> list[torch.Tensor]:
