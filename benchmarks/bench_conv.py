@@ -9,11 +9,8 @@ Method and meaning of the columns: benchmarks/README.md.
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, too
 
 from benchmarks.measure import environment, markdown_table
+from benchmarks.peaks import fma_gflops
 from dnnlib.atomic import atomic_write
 from torch_utils import native
 from torch_utils.ops.bias_act import bias_act
@@ -34,7 +32,6 @@ from torch_utils.ops.conv2d_native import cached_bytes, clear_cache, modulated_c
 from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from torch_utils.ops.upfirdn2d import setup_filter
 
-FMA_SOURCE = Path(__file__).with_name("fma_peak.cpp")
 _TILE = 4
 _CLAMP = 256.0
 _MIB = 2**20
@@ -127,20 +124,6 @@ def compare(actions: dict[str, Callable[[], torch.Tensor]], budget_s: float) -> 
     return {"wall_s": wall, "cpu_s": cpu, "difference": error}
 
 
-def measure_fma_gflops(threads: int) -> float | None:
-    """Return the GFLOP/s of fused multiply-adds of `threads` processes at a time; None without a compiler."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        program = str(Path(folder) / "fma_peak")
-        command = [compiler, "-O2", "-std=c++20", "-march=native", str(FMA_SOURCE), "-o", program]
-        if subprocess.run(command, capture_output=True).returncode != 0:
-            return None
-        processes = [subprocess.Popen([program], stdout=subprocess.PIPE, text=True) for _ in range(threads)]
-        return sum(float(process.communicate()[0]) for process in processes)
-
-
 def row_of(case: Case, what: str, result: dict[str, Any], peak_gflops: float | None) -> list[str]:
     """Return the cells of a table row."""
     ours, theirs = (result["wall_s"][name] for name in ("ours", "PyTorch"))
@@ -187,7 +170,7 @@ def main(cases: str | None, threads: int | None, seconds: float, out: Path | Non
         raise click.BadParameter(
             f"expected names out of {', '.join(names)}; got {', '.join(unknown)}", param_hint="cases"
         )
-    peak_gflops = measure_fma_gflops(torch.get_num_threads())
+    peak_gflops = fma_gflops(torch.get_num_threads())
     rows, results = [HEADS], {}
     with torch.no_grad():
         for name in chosen:
