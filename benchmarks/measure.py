@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from torch_utils.memory import release_kept_memory
+
 Action = Callable[[], torch.Tensor]
 _MIB = 2**20
 _HIGH_WATER_MARK = Path("/proc/self/clear_refs")
@@ -141,8 +143,8 @@ class _TrafficCounter(TorchDispatchMode):
 def _peak_memory(device: torch.device) -> Iterator[dict[str, float | None]]:
     """Yield a dict that has `peak_mib` and `extra_mib` of `Measurement` when the block has ended.
 
-    On Linux the kernel keeps the highest resident size of a process exactly, and lets it be reset. Memory that the
-    C library keeps for reuse is given back first; otherwise what ran before would count.
+    On Linux the kernel keeps the highest resident size of a process exactly, and lets it be reset. Memory that this
+    project and the C library keep for reuse is given back first; otherwise what ran before would count.
     """
     memory: dict[str, float | None] = {"peak_mib": None, "extra_mib": None}
     if device.type == "cuda":
@@ -161,6 +163,7 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, float | None]]:
 
 
 def _give_memory_back() -> None:
+    release_kept_memory()
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
