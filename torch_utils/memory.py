@@ -38,6 +38,13 @@ def keep_freed_memory() -> bool:
     return library is not None and library.cpu("keep_freed_memory")() == 1
 
 
+def stop_keeping_memory() -> None:
+    """Undo `keep_freed_memory`, for comparisons: tensors from now on are freed by PyTorch's own allocator."""
+    library = native.load()
+    if library is not None:
+        library.cpu("stop_keeping_memory")()
+
+
 def release_kept_memory() -> int:
     """Give the kept memory back to the C library; returns its bytes. Keeping goes on from there."""
     library = native.load()

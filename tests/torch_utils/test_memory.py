@@ -83,6 +83,26 @@ print(before, release_kept_memory(), full - resident(), kept[-1].item(), release
 
 
 @needs_native
+def test_stop_keeping_memory_undoes_it_and_it_can_begin_again(repo_root):
+    script = f"""
+keep_freed_memory()
+kept = torch.arange({4 * MIB})
+torch.ones({24 * MIB})
+stop_keeping_memory()
+stop_keeping_memory()
+torch.ones({24 * MIB})
+print(release_kept_memory(), kept[-1].item())
+del kept
+keep_freed_memory()
+torch.ones({24 * MIB})
+print(release_kept_memory())
+"""
+    stopped, last, begun = map(int, run_in_new_process(repo_root, script))
+    assert (stopped, last) == (0, 4 * MIB - 1)
+    assert begun >= 96 * MIB
+
+
+@needs_native
 def test_keep_freed_memory_results_are_those_of_plain_memory(repo_root):
     script = """
 def values():

@@ -3,10 +3,12 @@
 
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <bit>
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -113,6 +115,17 @@ void free_or_keep(void* data) {
     }
 }
 
+// Asks for pages of 2 MiB where the system leaves that to the program: they are cleared faster, and looking up planes
+// at random misses fewer entries of the page tables.
+void ask_for_huge_pages([[maybe_unused]] void* start, [[maybe_unused]] std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;
+    const auto address = reinterpret_cast<std::uintptr_t>(start);
+    const std::uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 void* make_block(std::size_t bytes) {
     if (bytes < kLargeBytes) {
         void* start = base->raw_allocate(bytes);
@@ -124,6 +137,7 @@ void* make_block(std::size_t bytes) {
     if (start != nullptr) return start;
     for (void* old : blocks->add(bytes)) base->raw_deallocate(old);
     start = base->raw_allocate(bytes);
+    ask_for_huge_pages(start, bytes);
     static_cast<Header*>(start)->bytes = bytes;
     return start;
 }
@@ -156,6 +170,11 @@ bool keep_freed_memory() {
     if (base->raw_deleter() == nullptr) return false;
     c10::SetCPUAllocator(ours);
     return c10::GetCPUAllocator() == ours;
+}
+
+void stop_keeping_memory() {
+    if (base != nullptr) c10::SetCPUAllocator(base);  // blocks in use know how they are freed
+    release_kept_memory();
 }
 
 std::int64_t release_kept_memory() {

@@ -9,6 +9,9 @@ namespace spherehead {
 // there; PyTorch refuses where another one was set with a higher priority.
 bool keep_freed_memory();
 
+// Puts PyTorch's allocator back, and gives the kept blocks back.
+void stop_keeping_memory();
+
 // Gives the kept blocks back and returns their bytes.
 std::int64_t release_kept_memory();
 
