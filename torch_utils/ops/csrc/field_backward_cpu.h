@@ -35,7 +35,9 @@ class Scatter {
     void add_to(T* g_planes, std::int64_t scene, std::int64_t slots) {
         const FieldOfScene<T, Representation> of_scene(field_, d_, scene);
         T* const planes = g_planes + scene * field_.scene_stride;
-        const std::int64_t bands = std::min<std::int64_t>(kBands, field_.height);
+        // Each band goes through all points, so no more of them than threads need. Their number changes no result.
+        const std::int64_t wanted = (2 * num_threads() - 1) / Representation::kNumPlanes + 1;
+        const std::int64_t bands = std::min(wanted, field_.height);
         parallel_for(Representation::kNumPlanes * bands, [&](std::int64_t task) {
             const std::int64_t plane = task / bands, band = task % bands;
             for (std::int64_t slot = 0; slot < slots; ++slot) {
@@ -48,7 +50,6 @@ class Scatter {
     }
 
   private:
-    static constexpr std::int64_t kBands = 2;
     std::int64_t row_size() const {
         return d_.channels_padded + Representation::kNumCoordinates + Representation::kNumWeights;
     }

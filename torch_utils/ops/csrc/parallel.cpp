@@ -18,4 +18,6 @@ void run_tasks(std::int64_t count, Task task, void* context) {
     });
 }
 
+std::int64_t num_threads() { return at::get_num_threads(); }
+
 }  // namespace spherehead

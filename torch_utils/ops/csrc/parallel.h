@@ -11,6 +11,9 @@ using Task = void (*)(void* context, std::int64_t index);
 // runs which index is not determined: a task must own what it writes.
 void run_tasks(std::int64_t count, Task task, void* context);
 
+// How many threads run tasks.
+std::int64_t num_threads();
+
 // Calls f(index) once for every index in [0, count).
 template <class F>
 void parallel_for(std::int64_t count, const F& f) {
