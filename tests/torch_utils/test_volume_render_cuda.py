@@ -401,6 +401,22 @@ def test_volume_render_planes_at_odd_addresses_are_read(gpu, deterministic):
         assert_same(render(call.replaced(0, other)), expected)
 
 
+def test_volume_render_backward_workspace_does_not_grow_with_rays(gpu, monkeypatch):
+    sizes = []
+
+    def note(name: str, *arguments: Any) -> int:
+        sizes.append(count(name, *arguments))
+        raise InterruptedError  # before anything runs
+
+    count = cuda._workspace_bytes
+    monkeypatch.setattr(cuda, "_workspace_bytes", note)
+    for rays in (10, 1000):
+        call = make_render(rays=rays)
+        with pytest.raises(InterruptedError):
+            cuda.volume_render_backward(call.gradients, call.arguments, ALL_NEEDED, *call.options)
+    assert sizes[0] == sizes[1] < 1 << 20
+
+
 def test_volume_render_nan_stays_in_its_scene(gpu):
     call = make_render()
     planes = call.arguments[0].clone()

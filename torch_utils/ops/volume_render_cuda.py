@@ -114,20 +114,24 @@ def _stream(device: torch.device) -> int:
 
 
 def _call(name: str, planes: torch.Tensor, arguments: Sequence[Any], for_workspace: Sequence[Any]) -> None:
-    """Launch a kernel on the current stream, with a workspace as large as its companion says."""
-    launch, size = _launcher(f"{name}_cuda"), _launcher(f"{name.removesuffix('_backward')}_workspace_cuda")
+    """Launch a kernel on the current stream, with a workspace as large as it needs."""
     where = {
         "stream": _stream(planes.device),
         "device": planes.device.index or 0,
         "texel_type": _TEXEL_TYPES[planes.dtype],
         "deterministic": int(torch.are_deterministic_algorithms_enabled()),
     }
-    num_bytes = ctypes.c_int64()
-    planned = CudaOptions.of(workspace=None, workspace_bytes=0, **where)
-    _check(name, size(*map(_converted, (*for_workspace, planned)), ctypes.byref(num_bytes)))
-    workspace = torch.empty(num_bytes.value, dtype=torch.uint8, device=planes.device)
-    options = CudaOptions.of(workspace=workspace, workspace_bytes=num_bytes.value, **where)
-    _check(name, launch(*map(_converted, (*arguments, options))))
+    num_bytes = _workspace_bytes(name, for_workspace, where)
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=planes.device)
+    options = CudaOptions.of(workspace=workspace, workspace_bytes=num_bytes, **where)
+    _check(name, _launcher(f"{name}_cuda")(*map(_converted, (*arguments, options))))
+
+
+def _workspace_bytes(name: str, arguments: Sequence[Any], where: dict[str, int | None]) -> int:
+    size = _launcher(f"{name.removesuffix('_backward')}_workspace_cuda")
+    options, num_bytes = CudaOptions.of(workspace=None, workspace_bytes=0, **where), ctypes.c_int64()
+    _check(name, size(*map(_converted, (*arguments, options)), ctypes.byref(num_bytes)))
+    return num_bytes.value
 
 
 def _converted(argument: Any) -> Any:
