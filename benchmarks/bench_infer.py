@@ -1,18 +1,20 @@
-"""Time inference stage by stage, with and without reusing what does not depend on the camera.
+"""Time inference stage by stage: native kernels and reuse against plain PyTorch that computes every view from scratch.
 
     python benchmarks/bench_infer.py --config spherehead --out spherehead.json
     python benchmarks/bench_infer.py --config debug --quick
+    python benchmarks/bench_infer.py --stages image,strip --glibc-tunables
 
 Method and meaning of the columns: benchmarks/README.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ from benchmarks.measure import Action, Measurement, environment, markdown_table,
 from dnnlib import cli
 from dnnlib.atomic import atomic_write
 from inference.loading import load_generator
-from inference.sampling import Head, make_head, orbit_labels, strip_labels
+from inference.sampling import make_head, orbit_labels, strip_labels
 from inference.shapes import ShapeSettings
+from torch_utils import native
 from torch_utils.distributed import resolve_device
+from torch_utils.memory import keep_freed_memory, stop_keeping_memory
 from training.networks_stylegan2 import SynthesisOptions
 from training.presets import GENERATOR_PRESETS
 from training.representations import PLANE_FEATURES
@@ -43,7 +47,10 @@ PUBLISHED_CHUNK_POINTS = 1_000_000
 """Points for which the published code computes mapping and planes anew."""
 LONG_S = 30.0
 """Stages that take longer run once."""
-OURS, SCRATCH = "ours", "from scratch"
+OURS, SCRATCH = "ours", "reference"
+GLIBC_TUNABLES = (
+    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=268435456"
+)
 _CONST = SynthesisOptions(noise_mode="const")
 _SEED = 0
 _UNTIMED_RUNS = 2  # of `measure`
@@ -55,7 +62,7 @@ class Stage:
 
     title: str
     actions: dict[str, Action]
-    """By variant; only one where both do the same, or where the other has no such stage."""
+    """By variant."""
     weight: float = 0.5
     """Rough cost, in images; for the estimate of the time left."""
 
@@ -63,74 +70,99 @@ class Stage:
 class Subject:
     """A generator and everything that its stages take as input.
 
-    `reuse` tells the two variants apart: fold the plane projections into the backbone, and compute w-layers, planes and
-    background once per head; or do neither.
+    Actions take `ours`, which tells the two variants apart. Ours: native kernels, memory of freed tensors kept, plane
+    projections folded into the backbone, w-layers, planes and background once per head. Otherwise the reference
+    renderer and plain PyTorch with its own allocator, which compute everything for every view.
     """
 
     def __init__(self, generator: TriPlaneGenerator) -> None:
         self.generator = generator
         self.device = device = next(generator.parameters()).device
         self.strip, self.orbit = strip_labels(generator).to(device), orbit_labels(ORBIT_FRAMES).to(device)
-        self.ws = self.map()
-        self.field = self.make_field(reuse=True)
+        self.ws = make_head(generator, _SEED).ws
+        with self.variant(ours=True):
+            self.field = self._make_field()
         self.backbone_image = generator.backbone.synthesis(self.ws, _CONST)
         resolution = generator.neural_rendering_resolution
         self.rays = generator.ray_sampler(*camera_utils.split_label(self.strip[:1]), resolution)
         self.features = torch.randn(1, PLANE_FEATURES, resolution, resolution, device=device)
 
-    def make_head(self, reuse: bool) -> Head:
-        """Return a new head, whose planes and background are not computed yet."""
-        self.generator.fold_projections = reuse
-        return make_head(self.generator, _SEED)
+    @contextlib.contextmanager
+    def variant(self, ours: bool) -> Iterator[None]:
+        """Compute in one of the two ways while the body runs."""
+        self.generator.fold_projections = ours
+        self.generator.renderer.choose("auto" if ours else "reference", self.device)
+        if ours:
+            keep_freed_memory()
+        else:
+            stop_keeping_memory()
+        with contextlib.nullcontext() if ours else native.disabled():
+            yield
 
-    def make_field(self, reuse: bool) -> RadianceField:
+    def map(self, ours: bool) -> torch.Tensor:
+        """Latent to w-layers."""
+        with self.variant(ours):
+            return make_head(self.generator, _SEED).ws
+
+    def synthesize_backbone(self, ours: bool) -> torch.Tensor:
+        """W-layers to the backbone's image, without folded projections."""
+        with self.variant(ours):
+            return self.generator.backbone.synthesis(self.ws, _CONST)
+
+    def make_planes(self, ours: bool) -> torch.Tensor:
         """W-layers to planes."""
-        self.generator.fold_projections = reuse
+        with self.variant(ours):
+            return self._make_field().planes
+
+    def _make_field(self) -> RadianceField:
         return self.generator.radiance_field(self.ws, options=_CONST)
 
-    def map(self) -> torch.Tensor:
-        """Latent to w-layers."""
-        return make_head(self.generator, _SEED).ws
-
-    def synthesize_background(self) -> torch.Tensor:
+    def synthesize_background(self, ours: bool) -> torch.Tensor:
         """W-layers to background features."""
         network, planes = self.generator.bcg_synthesis, self.field.planes
-        return RadianceField(self.ws, planes, self.ws, network, _CONST).background
+        with self.variant(ours):
+            return RadianceField(self.ws, planes, self.ws, network, _CONST).background
 
-    def project(self) -> torch.Tensor:
+    def project(self, ours: bool) -> torch.Tensor:
         """Backbone image to planes."""
-        return torch.cat([projection(self.backbone_image) for projection in self.generator.projections], dim=1)
+        with self.variant(ours):
+            return torch.cat([projection(self.backbone_image) for projection in self.generator.projections], dim=1)
 
-    def render_rays(self) -> torch.Tensor:
+    def render_rays(self, ours: bool) -> torch.Tensor:
         """Planes to feature image."""
         renderer, decoder, config = self.generator.renderer, self.generator.decoder, self.generator.config.rendering
         jitter = torch.Generator(self.device).manual_seed(_SEED)
-        return renderer(self.field.planes, decoder, *self.rays, config, generator=jitter).features
+        with self.variant(ours):
+            return renderer(self.field.planes, decoder, *self.rays, config, generator=jitter).features
 
-    def superresolve(self) -> torch.Tensor:
+    def superresolve(self, ours: bool) -> torch.Tensor:
         """Feature image to image."""
         options = SynthesisOptions(noise_mode=self.generator.config.superresolution.noise_mode)
-        return self.generator.superresolution(self.features[:, :3], self.features, self.ws, options).image
+        with self.variant(ours):
+            return self.generator.superresolution(self.features[:, :3], self.features, self.ws, options).image
 
-    def render_views(self, labels: torch.Tensor, reuse: bool) -> torch.Tensor:
+    def render_views(self, labels: torch.Tensor, ours: bool) -> torch.Tensor:
         """Latent to views of one head, of which the last is returned."""
-        head = self.make_head(reuse)
-        for view, label in enumerate(labels):
-            if view > 0 and not reuse:
-                head = self.make_head(reuse)
-            image = head.render(label)["image"]
+        with self.variant(ours):
+            head = make_head(self.generator, _SEED)
+            for view, label in enumerate(labels):
+                if view > 0 and not ours:
+                    head = make_head(self.generator, _SEED)
+                image = head.render(label)["image"]
         return image
 
-    def sample_grid(self, reuse: bool) -> torch.Tensor:
-        """Latent to densities over the whole box; without reuse planes are computed for every published chunk."""
+    def sample_grid(self, ours: bool) -> torch.Tensor:
+        """Latent to densities over the whole box; planes are computed once, or for every published chunk."""
         side = self.generator.config.rendering.box_warp
-        head = self.make_head(reuse)
         densities = []
-        for run, points in shape_utils.voxel_grid_chunks(GRID_RESOLUTION, side, PUBLISHED_CHUNK_POINTS, self.device):
-            if run.start > 0 and not reuse:
-                head = self.make_head(reuse)
-            for part in points.split(ShapeSettings.chunk_points):
-                densities.append(self.generator.query(head.field, part.unsqueeze(0))[0][0])
+        with self.variant(ours):
+            head = make_head(self.generator, _SEED)
+            chunks = shape_utils.voxel_grid_chunks(GRID_RESOLUTION, side, PUBLISHED_CHUNK_POINTS, self.device)
+            for run, points in chunks:
+                if run.start > 0 and not ours:
+                    head = make_head(self.generator, _SEED)
+                for part in points.split(ShapeSettings.chunk_points):
+                    densities.append(self.generator.query_density(head.field, part.unsqueeze(0))[0])
         return torch.cat(densities)
 
 
@@ -138,18 +170,17 @@ def make_stages(subject: Subject) -> dict[str, Stage]:
     """Return the stages that the generator has, by the names that `--stages` takes."""
 
     def both(action: Callable[..., torch.Tensor], *args: Any) -> dict[str, Action]:
-        return {OURS: partial(action, *args, reuse=True), SCRATCH: partial(action, *args, reuse=False)}
+        return {OURS: partial(action, *args, ours=True), SCRATCH: partial(action, *args, ours=False)}
 
     generator, strip, orbit = subject.generator, subject.strip, subject.orbit
-    backbone = partial(generator.backbone.synthesis, subject.ws, _CONST)
     stages = {
-        "mapping": Stage(title="mapping", actions={OURS: subject.map}),
-        "backbone": Stage(title="backbone", actions={SCRATCH if generator.projections else OURS: backbone}),
-        "projection": Stage(title="plane projection", actions={SCRATCH: subject.project}),
-        "planes": Stage(title="backbone + projection", actions=both(lambda reuse: subject.make_field(reuse).planes)),
-        "background": Stage(title="background", actions={OURS: subject.synthesize_background}),
-        "renderer": Stage(title="volume renderer", actions={OURS: subject.render_rays}),
-        "superresolution": Stage(title="super-resolution", actions={OURS: subject.superresolve}),
+        "mapping": Stage(title="mapping", actions=both(subject.map)),
+        "backbone": Stage(title="backbone", actions=both(subject.synthesize_backbone)),
+        "projection": Stage(title="plane projection", actions=both(subject.project)),
+        "planes": Stage(title="backbone + projection", actions=both(subject.make_planes)),
+        "background": Stage(title="background", actions=both(subject.synthesize_background)),
+        "renderer": Stage(title="volume renderer", actions=both(subject.render_rays)),
+        "superresolution": Stage(title="super-resolution", actions=both(subject.superresolve)),
         "image": Stage(title="whole image", actions=both(subject.render_views, strip[:1]), weight=1),
         "strip": Stage(title=f"{len(strip)}-view strip", actions=both(subject.render_views, strip), weight=len(strip)),
         "orbit": Stage(title=f"{len(orbit)}-frame orbit", actions=both(subject.render_views, orbit), weight=len(orbit)),
@@ -182,35 +213,29 @@ def run_stages(stages: dict[str, Stage], repeats: int, device: torch.device, tit
 
 def _result(stage: Stage, measurements: dict[str, Measurement], difference: float) -> dict[str, Any]:
     variants = {variant: measurement.to_json() for variant, measurement in measurements.items()}
-    compared = len(variants) == 2
     return {
         "title": stage.title,
         "variants": variants,
-        "ratio": variants[SCRATCH]["median_s"] / variants[OURS]["median_s"] if compared else None,
-        "cpu_ratio": variants[SCRATCH]["median_cpu_s"] / variants[OURS]["median_cpu_s"] if compared else None,
-        "difference": difference if compared else None,
+        "ratio": variants[SCRATCH]["median_s"] / variants[OURS]["median_s"],
+        "cpu_ratio": variants[SCRATCH]["median_cpu_s"] / variants[OURS]["median_cpu_s"],
+        "difference": difference,
     }
 
 
 def results_table(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table."""
-    heads = (
-        "stage, variant, runs, s, min ... max, ratio, CPU s, CPU ratio, GFLOP, GFLOP/s, GB, GB/s, peak MiB, extra MiB"
-    )
+    heads = "stage, variant, runs, s, min ... max, ratio, CPU s, CPU ratio, GFLOP, GFLOP/s, peak MiB, extra MiB"
     rows = [heads.split(", ")]
     for result in results.values():
+        # Native kernels cannot be counted from outside: both variants do the work of the plain one, each in its way.
+        gflop = result["variants"][SCRATCH]["gflop"]
         for variant, m in result["variants"].items():
-            compared = variant == OURS and result["ratio"] is not None
-            ratios = [f"{result[key]:.2f}" if compared else "" for key in ("ratio", "cpu_ratio")]
-            first = [
-                result["title"] if variant == next(iter(result["variants"])) else "",
-                variant if len(result["variants"]) == 2 or variant == SCRATCH else "both",
-                str(len(m["seconds"])),
-            ]
+            ratios = [f"{result[key]:.2f}" if variant == OURS else "" for key in ("ratio", "cpu_ratio")]
+            first = [result["title"] if variant == OURS else "", variant, str(len(m["seconds"]))]
             times = [f"{m['median_s']:.3f}", f"{m['min_s']:.3f} ... {m['max_s']:.3f}", f"{m['median_cpu_s']:.3f}"]
-            counts = [f"{m[key]:.1f}" for key in ("gflop", "gflop_per_s", "gbyte", "gbyte_per_s")]
+            work = [f"{gflop:.1f}" if variant == SCRATCH else "", f"{gflop / m['median_s']:.0f}"]
             memory = ["-" if m[key] is None else f"{m[key]:.0f}" for key in ("peak_mib", "extra_mib")]
-            rows.append([*first, *times[:2], ratios[0], times[2], ratios[1], *counts, *memory])
+            rows.append([*first, *times[:2], ratios[0], times[2], ratios[1], *work, *memory])
     return markdown_table(rows)
 
 
@@ -232,6 +257,7 @@ def choose_stages(stages: dict[str, Stage], names: str | None) -> dict[str, Stag
 @cli.option("--stages", metavar="NAME,...", help="Some stages, such as planes,strip; all if not given.")
 @cli.option("--nrr", type=cli.POSITIVE_INT, help="Neural rendering resolution; the preset's own if not given.")
 @cli.option("--threads", type=cli.POSITIVE_INT, help="CPU threads; PyTorch's choice if not given.")
+@cli.option("--glibc-tunables", is_flag=True, help="Let glibc keep large blocks, too: a stronger plain PyTorch.")
 @cli.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write everything to this JSON file.")
 @cli.device_option()
 @cli.cli_errors()
@@ -243,10 +269,14 @@ def benchmark(
     stages: str | None,
     nrr: int | None,
     threads: int | None,
+    glibc_tunables: bool,
     out: Path | None,
     device: str,
 ) -> None:
-    """Time the stages of inference, with and without reuse, and print a table."""
+    """Time the stages of inference, ours and plain, and print a table."""
+    if glibc_tunables and os.environ.get("GLIBC_TUNABLES") != GLIBC_TUNABLES:
+        # glibc reads them when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": GLIBC_TUNABLES})
     if threads is not None:
         torch.set_num_threads(threads)
     resolved = resolve_device(device)
@@ -255,6 +285,7 @@ def benchmark(
     chosen = choose_stages(make_stages(Subject(generator)), stages)
     settings = {"config": config, "nrr": generator.neural_rendering_resolution, "repeats": 1 if quick else repeats}
     machine = environment(resolved) | {"load_before": os.getloadavg()[0]}
+    machine["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES", "")
     results = run_stages(chosen, settings["repeats"], resolved, config)
     machine["load_after"] = os.getloadavg()[0]
     report = {"settings": settings, "environment": machine, "results": results}

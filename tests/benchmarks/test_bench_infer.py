@@ -14,11 +14,24 @@ from benchmarks import bench_infer
 from benchmarks.measure import markdown_table, measure
 from inference.sampling import strip_labels
 from tests.helpers.threads import one_thread  # noqa: F401 (a fixture for every test)
+from torch_utils import native
+from training.triplane import TriPlaneGenerator
 
 CPU = torch.device("cpu")
-COMPARED = ("planes", "image", "strip", "orbit", "grid")
 STRIP_VIEWS, ORBIT_FRAMES = 3, 2  # few, which is faster
-STAGES = ("mapping", "backbone", "projection", "background", "renderer", "superresolution", *COMPARED)
+STAGES = (
+    "mapping",
+    "backbone",
+    "projection",
+    "background",
+    "renderer",
+    "superresolution",
+    "planes",
+    "image",
+    "strip",
+    "orbit",
+    "grid",
+)
 
 
 def run(*arguments: str):
@@ -45,7 +58,8 @@ def test_report_has_every_stage_with_finite_numbers(report):
     for result in results.values():
         for numbers in result["variants"].values():
             assert len(numbers["seconds"]) == 1
-            assert numbers["median_s"] > 0 and numbers["gbyte"] > 0 and numbers["gflop"] > 0
+            assert numbers["median_s"] > 0 and numbers["peak_mib"] != 0
+        assert result["variants"]["reference"]["gflop"] > 0
 
 
 def test_report_names_settings_and_machine(report):
@@ -56,33 +70,38 @@ def test_report_names_settings_and_machine(report):
 
 
 def test_report_variants_agree(report):
-    for name in COMPARED:
-        # float32: folding the projections changes the order of sums of up to 512 products
+    for name in STAGES:
+        # float32: other orders of sums of up to 512 products, Winograd's method, and two passes of rays
         assert report[0]["results"][name]["difference"] < 1e-4, name
 
 
-def test_report_from_scratch_computes_more(report):
-    for name in COMPARED:
-        variants = report[0]["results"][name]["variants"]
-        assert variants["from scratch"]["gflop"] > variants["ours"]["gflop"], name
+def test_report_plain_views_count_the_networks_as_often_as_they_run(report):
+    plain = {name: report[0]["results"][name]["variants"]["reference"]["gflop"] for name in ("image", "strip", "orbit")}
+    assert plain["strip"] == pytest.approx(STRIP_VIEWS * plain["image"])
+    assert plain["orbit"] == pytest.approx(ORBIT_FRAMES * plain["image"])
 
 
-def test_report_of_views_counts_the_networks_as_often_as_they_run(report):
-    results = report[0]["results"]
-    ours, scratch = (
-        {name: results[name]["variants"][v]["gflop"] for name in COMPARED} for v in ("ours", "from scratch")
-    )
-    once = results["mapping"]["variants"]["ours"]["gflop"] + ours["planes"]
-    once += results["background"]["variants"]["ours"]["gflop"]
-    per_view = ours["image"] - once
-    assert ours["strip"] == pytest.approx(once + STRIP_VIEWS * per_view)
-    assert ours["orbit"] == pytest.approx(once + ORBIT_FRAMES * per_view)
-    assert scratch["strip"] == pytest.approx(STRIP_VIEWS * scratch["image"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_subject_planes_are_computed_once_or_for_every_view(ours, monkeypatch):
+    subject, calls = bench_infer.Subject(bench_infer.load_generator("init:debug")), []
+    original = TriPlaneGenerator.radiance_field
+    monkeypatch.setattr(TriPlaneGenerator, "radiance_field", lambda *a, **k: calls.append(1) or original(*a, **k))
+    subject.render_views(subject.strip[:3], ours=ours)
+    assert len(calls) == (1 if ours else 3)
+
+
+@pytest.mark.skipif(native.load() is None, reason=f"no native kernels: {native.reason()}")
+def test_subject_variants_differ_in_kernels_and_are_undone(monkeypatch):
+    subject = bench_infer.Subject(bench_infer.load_generator("init:debug"))
+    with subject.variant(ours=False):
+        assert native.load() is None and subject.generator.renderer.choice == "reference"
+    with subject.variant(ours=True):
+        assert native.load() is not None and subject.generator.renderer.choice == "auto"
 
 
 def test_table_has_a_line_for_each_variant(report):
     lines = [line for line in report[1].splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + len(STAGES) + len(COMPARED)
+    assert len(lines) == 2 + 2 * len(STAGES)
     assert len({len(line) for line in lines}) == 1
 
 
