@@ -261,9 +261,12 @@ def nvcc() -> str:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_kernels_compile_for_one_architecture_without_warnings(nvcc, source, tmp_path):
+def test_kernels_compile_for_one_architecture_without_warnings_or_double_precision(nvcc, source, tmp_path):
     quickly = ("-Xcicc", "-O1", "-Xptxas", "-O1")  # a third of the time
-    assert "warning" not in compile_with_nvcc(nvcc, source, [90], tmp_path, *quickly)
+    said = compile_with_nvcc(nvcc, source, [90], tmp_path, *quickly, "--keep", f"--keep-dir={tmp_path}")
+    assert "warning" not in said
+    (intermediate,) = tmp_path.glob("*.ptx")
+    assert ".f32" in (code := intermediate.read_text()) and ".f64" not in code
 
 
 @pytest.mark.slow
@@ -272,8 +275,7 @@ def test_kernels_compile_for_every_architecture(nvcc, source, tmp_path):
     listed = subprocess.run([nvcc, "--list-gpu-arch"], stdout=subprocess.PIPE, text=True, check=True).stdout
     known = {int(word.removeprefix("compute_")) for word in listed.split()}
     wanted = sorted(known & {70, 75, 80, 86, 89, 90, 100, 120})
-    said = compile_with_nvcc(nvcc, source, wanted, tmp_path, "-O3", "--threads=0")
-    assert "warning" not in said and "f64" not in said
+    assert "warning" not in compile_with_nvcc(nvcc, source, wanted, tmp_path, "-O3", "--threads=0")
 
 
 # ---- rendering ----
