@@ -11,6 +11,7 @@ from PIL import Image
 
 import inference.sampling
 from tests.cli.running import contents, fail, invoke, start, succeed
+from torch_utils import native
 
 SCRIPT = "gen_samples.py"
 FAST = ("--network", "init:debug", "--nrr", 8)  # 0.15 s per view
@@ -49,6 +50,13 @@ def test_files_are_named_and_sized_as_published(baseline):
         assert (image.size, image.mode) == ((5 * 128, 128), "RGB")
     mesh = trimesh.load(baseline / "debug_90" / "seed0001.glb", force="mesh")
     assert mesh.is_watertight
+
+
+@pytest.mark.skipif(native.load() is None, reason=f"no native kernels: {native.reason()}")
+def test_renderers_make_the_same_picture_up_to_rounding(tmp_path):
+    pictures = [strip(tmp_path / name, *FAST, "--renderer", name).astype(int) for name in ("fused", "reference")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert pictures[0].std() > 1
 
 
 def test_seeds_give_different_heads(baseline):

@@ -8,6 +8,7 @@ import pytest
 
 from tests.cli.running import contents, fail, invoke
 from tests.torch_utils import fake_snapshot as fake
+from torch_utils import native
 
 GENERATORS = ["gen_samples.py", "gen_videos.py", "gen_videos_interp.py"]
 FAST = ("--network", "init:debug", "--nrr", 8)
@@ -94,6 +95,7 @@ def test_truncated_network_is_one_line_that_names_it(sphere_pickle, tmp_path, sc
         (("--seeds", "4294967296"), "4294967296"),
         (("--device", "gpu"), "'gpu'"),
         (("--device", "cuda:98"), "cuda:98"),
+        (("--renderer", "fast"), "'fast'"),
         (("--network", ""), "--network"),
         (("--network", "init:nope"), "'nope'"),
         (("--network", "ftp://example.org/a.pkl"), "ftp"),
@@ -115,6 +117,14 @@ def test_truncated_network_is_one_line_that_names_it(sphere_pickle, tmp_path, sc
 )
 def test_bad_option_is_one_line_that_names_it(tmp_path, script, changed, culprit):
     assert culprit in fail(script, *FAST, "--seeds", 0, "--outdir", tmp_path / "out", *changed)
+    assert not contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("script", GENERATORS)
+def test_fused_renderer_without_kernels_is_one_line_that_says_why(tmp_path, script):
+    with native.disabled():
+        line = fail(script, *FAST, "--seeds", 0, "--outdir", tmp_path / "out", "--renderer", "fused")
+    assert "renderer" in line and "'fused' cannot run here" in line
     assert not contents(tmp_path / "out")
 
 

@@ -69,8 +69,25 @@ OUR_DEFAULTS = {
     ("gen_samples.py", "shape_format"): ("mrc", "published: spelled with a dot, which is accepted"),
 }
 OURS = {
-    "gen_samples.py": ["--device", "--noise-mode", "--noise-seed", "--image-mode", "--dry-run", "--overwrite"],
-    "gen_videos.py": ["--device", "--noise-mode", "--noise-seed", "--latent", "--fov-deg", "--dry-run", "--overwrite"],
+    "gen_samples.py": [
+        "--device",
+        "--renderer",
+        "--noise-mode",
+        "--noise-seed",
+        "--image-mode",
+        "--dry-run",
+        "--overwrite",
+    ],
+    "gen_videos.py": [
+        "--device",
+        "--renderer",
+        "--noise-mode",
+        "--noise-seed",
+        "--latent",
+        "--fov-deg",
+        "--dry-run",
+        "--overwrite",
+    ],
 }
 OURS["gen_videos_interp.py"] = OURS["gen_videos.py"]
 
@@ -128,6 +145,7 @@ def test_own_options_are_there_and_repeatability_is_the_default(script):
     assert set(OURS[script]) <= parameters
     values = parse(script, "--network", "a.pkl", "--seeds", "0")
     assert (values["noise_mode"], values["noise_seed"], values["device"]) == ("const", 0, "auto")
+    assert values["renderer"] == "auto"
     assert not values["dry_run"]
     assert not values["overwrite"]
 

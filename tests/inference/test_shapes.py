@@ -38,9 +38,9 @@ class AnalyticGenerator:
     def __init__(self, density=cone_density):
         self.density, self.largest_query = density, 0
 
-    def query(self, field, points):
+    def query_density(self, field, points):
         self.largest_query = max(self.largest_query, points.shape[1])
-        return self.density(points), None
+        return self.density(points)
 
     def point_colors(self, field, points):
         return points
