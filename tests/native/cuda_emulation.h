@@ -1,6 +1,6 @@
 // Runs CUDA kernels on the host, for tests without a GPU: block after block, each thread a fibre.
 //
-// A fibre runs until it waits: for its block (__syncthreads) or for its warp (shuffles, ballots). Which fibre runs next
+// A fibre runs until it waits: for its block (__syncthreads) or for its warp (shuffles, ballots). Which warp runs ahead
 // is drawn at random, so that results depend on the seed where a kernel lacks a barrier. Shared memory begins as NaN,
 // and what a kernel writes behind it is found.
 #pragma once
@@ -112,16 +112,20 @@ inline int shared_bytes_per_block = 227 << 10, shared_bytes_per_processor = 228 
     std::abort();
 }
 
-// The last thread to arrive goes on at once.
+// Lets threads go on, warp by warp in random order.
+inline void release(std::vector<int>& waiting) {
+    std::vector<unsigned> keys(block->of_warps.size());
+    for (unsigned& key : keys) key = random_numbers();
+    std::stable_sort(waiting.begin(), waiting.end(), [&](int a, int b) { return keys[a / kLanes] < keys[b / kLanes]; });
+    block->ready.insert(block->ready.end(), waiting.begin(), waiting.end());
+    waiting.clear();
+}
+
 inline void wait(Barrier& barrier, int threads) {
     barrier.waiting.push_back(block->running);
-    if (int(barrier.waiting.size()) == threads) {
-        barrier.waiting.pop_back();
-        block->ready.insert(block->ready.end(), barrier.waiting.begin(), barrier.waiting.end());
-        barrier.waiting.clear();
-    } else if (_setjmp(block->fibres[block->running].resume) == 0) {  // swapcontext would call the kernel twice
+    if (int(barrier.waiting.size()) == threads) release(barrier.waiting);
+    if (_setjmp(block->fibres[block->running].resume) == 0)  // fibres switch without a system call
         _longjmp(block->scheduler, 1);
-    }
 }
 
 // Shows the other lanes of the warp a value, and returns what they show. There are two sets of slots, used in turn: who
@@ -156,7 +160,7 @@ inline void run_fibre() {
 
 // Mostly the thread that became ready last: some warps run ahead as far as barriers let them.
 inline int next_fibre(std::vector<int>& ready) {
-    if (random_numbers() % 4 == 0) std::swap(ready[random_numbers() % ready.size()], ready.back());
+    if (random_numbers() % 256 == 0) std::swap(ready[random_numbers() % ready.size()], ready.back());
     const int next = ready.back();
     ready.pop_back();
     return next;
@@ -167,6 +171,7 @@ inline void run_block(Block& b, int threads, std::size_t shared_bytes) {
     std::memset(b.shared.get() + shared_bytes, kGuard, kGuardBytes);
     b.ready.resize(threads), b.done = 0;
     for (int i = 0; i < threads; ++i) b.fibres[i].started = false, b.ready[i] = i;
+    std::shuffle(b.ready.begin(), b.ready.end(), random_numbers);
     while (!b.ready.empty()) {
         b.running = next_fibre(b.ready);
         thread_index = {unsigned(b.running), 0, 0};
