@@ -4,9 +4,8 @@
 the size samples x channels, also not for the backward pass, which traces the rays again. Memory beyond arguments,
 results and gradients is a few MiB. The registered ops are in volume_render_ops.py, the kernels in csrc/.
 
-Native kernels want planes **channels last**: the C channels of a texel are adjacent in memory; all other strides are
-free. So one image `[B, P C, H, W]` in `torch.channels_last` will do, and so will separate planes `[B, P, H, W, C]`
-seen as `[B, P, C, H, W]`. Others are copied; `prepare_planes` does so once for many calls.
+Native kernels read planes **channels last**: `[B, P, H, W, C]` in memory, seen as `[B, P, C, H, W]`. Others are copied;
+`prepare_planes` does so once for many calls.
 
 There are kernels for the CPU in float32 and float64, and for CUDA in float32; half-precision planes are read as float32
 on the CPU. `unsupported` tells whether a call has one. Without, the registered ops run the reference.

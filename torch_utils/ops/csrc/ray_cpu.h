@@ -118,7 +118,8 @@ class RayTrace {
 
     // Depths of the fine samples, by inverting the cdf of the smoothed coarse weights.
     void sample_fine(const T* uniforms) {
-        const std::int64_t coarse = rays_.coarse, num_bins = coarse - 3;
+        const std::int64_t coarse = rays_.coarse;
+        const auto num_bins = std::int32_t(coarse - 3);
         SPHEREHEAD_SIMD
         for (std::int64_t i = 0; i < coarse - 1; ++i) bins_[i] = (t_[i] + t_[i + 1]) * T(0.5);
         double sum = 0;
@@ -135,22 +136,22 @@ class RayTrace {
         cdf[num_bins] = T(total);
         for (std::int64_t j = 0; j < rays_.fine; ++j) {
             const T u = uniforms[j];
-            std::int64_t above = 0;  // entries of the cdf up to u; counting them is quicker than a binary search
-            for (std::int64_t k = 0; k <= num_bins; ++k) above += cdf[k] <= u;
-            const std::int64_t low = std::max<std::int64_t>(above - 1, 0), high = std::min(above, num_bins);
+            std::int32_t above = 0;  // entries of the cdf up to u; counting them is quicker than a binary search
+            for (std::int32_t k = 0; k <= num_bins; ++k) above += cdf[k] <= u;
+            const std::int32_t low = std::max(above - 1, 0), high = std::min(above, num_bins);
             t_[coarse + j] = invert_cdf_bin(u, cdf[low], cdf[high], bins_[low], bins_[high]);
         }
     }
 
     // Merges coarse and fine samples: a stable sort, by counting how many come before each.
     void sort() {
-        for (std::int64_t i = 0; i < samples_; ++i) order[i] = std::int32_t(i);
-        for (std::int64_t i = 0; rays_.fine > 0 && i < samples_; ++i) {
+        const auto samples = std::int32_t(samples_);
+        for (std::int32_t i = 0; i < samples; ++i) order[i] = i;
+        for (std::int32_t i = 0; rays_.fine > 0 && i < samples; ++i) {
             const T t = t_[i];
             std::int32_t place = 0;
-            for (std::int64_t j = 0; j < i; ++j) place += t_[j] <= t;
-            for (std::int64_t j = i; j < samples_; ++j) place += t_[j] < t;
-            order[place] = std::int32_t(i);
+            for (std::int32_t j = 0; j < samples; ++j) place += (t_[j] < t) | ((t_[j] == t) & (j < i));
+            order[place] = i;
         }
         for (std::int64_t i = 0; i < samples_; ++i) {
             sorted_t[i] = t_[order[i]];

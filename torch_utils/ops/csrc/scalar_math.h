@@ -57,27 +57,32 @@ SPHEREHEAD_FN float float_of_bits(std::int32_t bits) {
     return x;
 }
 
+// What exp(x), x <= 0, is made of: exp(x) = scale (1 + mantissa), where scale is a power of 2.
+struct ExpParts {
+    float scale, mantissa;
+
+    SPHEREHEAD_FN static ExpParts of(float x) {
+        x = x < -87.0f ? -87.0f : x;  // exp(-87) is the last normal number; NaN stays NaN
+        constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+        const float shifted = x * 1.44269504f + magic;
+        const float n = shifted - magic;
+        // ln 2 in two parts: the first has zeros at the end, so that its product with n is exact.
+        const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f, rr = r * r;
+        const float p = (5.000000013e-01f + 1.666657700e-01f * r) +
+                        rr * ((4.166646498e-02f + 8.363175565e-03f * r) + rr * 1.393364297e-03f);
+        std::int32_t bits;
+        std::memcpy(&bits, &shifted, sizeof bits);
+        return {float_of_bits((bits + 127) << 23), r + rr * p};  // the exponent of `magic` is shifted out
+    }
+};
+
 // exp(x) - 1 for x <= 0, with the relative error of a few ulp also near 0.
 SPHEREHEAD_FN float expm1_nonpositive(float x) {
 #if SPHEREHEAD_ON_DEVICE
     return expm1f(x);
 #else
-    x = x < -87.0f ? -87.0f : x;  // exp(-87) is the last normal number; NaN stays NaN
-    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
-    const float shifted = x * 1.44269504f + magic;
-    const float n = shifted - magic;
-    // ln 2 in two parts: the first has zeros at the end, so that its product with n is exact.
-    const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    float p = 1.393364297e-03f;
-    p = p * r + 8.363175565e-03f;
-    p = p * r + 4.166646498e-02f;
-    p = p * r + 1.666657700e-01f;
-    p = p * r + 5.000000013e-01f;
-    const float mantissa = r + r * r * p;  // exp(r) - 1
-    std::int32_t bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    const float scale = float_of_bits((bits + 127) << 23);  // 2^n: the exponent of `magic` is shifted out
-    return scale * mantissa + (scale - 1.0f);
+    const ExpParts e = ExpParts::of(x);
+    return e.scale * e.mantissa + (e.scale - 1.0f);
 #endif
 }
 SPHEREHEAD_FN double expm1_nonpositive(double x) { return ::expm1(x); }
@@ -87,42 +92,21 @@ SPHEREHEAD_FN float exp_nonpositive(float x) {
 #if SPHEREHEAD_ON_DEVICE
     return expf(x);
 #else
-    x = x < -87.0f ? -87.0f : x;
-    constexpr float magic = 12582912.0f;
-    const float shifted = x * 1.44269504f + magic;
-    const float n = shifted - magic;
-    const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    float p = 1.393364297e-03f;
-    p = p * r + 8.363175565e-03f;
-    p = p * r + 4.166646498e-02f;
-    p = p * r + 1.666657700e-01f;
-    p = p * r + 5.000000013e-01f;
-    p = r + r * r * p;
-    std::int32_t bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    const float scale = float_of_bits((bits + 127) << 23);
-    return scale * p + scale;
+    const ExpParts e = ExpParts::of(x);
+    return e.scale * e.mantissa + e.scale;
 #endif
 }
 SPHEREHEAD_FN double exp_nonpositive(double x) { return ::exp(x); }
 
-// log(1 + u) for u in [0, 1].
+// log(1 + u) for u in [0, 1]. One polynomial for all of it: with a choice of two, compilers evaluate both.
 SPHEREHEAD_FN float log1p_of_unit(float u) {
 #if SPHEREHEAD_ON_DEVICE
     return log1pf(u);
 #else
-    const bool high = u > 0.41421356f;
-    const float z = high ? (u - 1.0f) * 0.5f : u;  // 1 + u = (1 + z) * (high ? 2 : 1)
-    float p = -8.099694651e-02f;
-    p = p * z + 1.271192897e-01f;
-    p = p * z + -1.297259467e-01f;
-    p = p * z + 1.420222355e-01f;
-    p = p * z + -1.664222756e-01f;
-    p = p * z + 2.000146709e-01f;
-    p = p * z + -2.500029683e-01f;
-    p = p * z + 3.333332860e-01f;
-    const float zz = z * z;
-    return (high ? 0.693147181f : 0.0f) + (z - zz * 0.5f + zz * z * p);
+    const float uu = u * u, uuuu = uu * uu;
+    const float low = (9.999999705e-01f + -4.999950152e-01f * u) + uu * (3.331927134e-01f + -2.484436989e-01f * u);
+    const float high = (1.911143108e-01f + -1.367476970e-01f * u) + uu * (7.836166801e-02f + -2.958850739e-02f * u);
+    return u * (low + uuuu * (high + uuuu * 5.253457796e-03f));
 #endif
 }
 SPHEREHEAD_FN double log1p_of_unit(double u) { return ::log1p(u); }
@@ -176,12 +160,13 @@ SPHEREHEAD_FN T absolute(T x) {
     return x < T(0) ? -x : x;
 }
 
-// log(1 + exp(x)); like PyTorch's, x itself above 20.
-template <class T>
-SPHEREHEAD_FN T softplus(T x) {
-    const T positive = x < T(0) ? T(0) : x;  // NaN stays NaN
-    const T sum = positive + log1p_of_unit(exp_nonpositive(-absolute(x)));
-    return x > T(20) ? x : sum;
+// log(1 + exp(x)). Above 20 PyTorch returns x itself, which is what float rounds to.
+SPHEREHEAD_FN float softplus(float x) {
+    const float positive = x < 0.0f ? 0.0f : x;  // NaN stays NaN
+    return positive + log1p_of_unit(exp_nonpositive(-absolute(x)));
+}
+SPHEREHEAD_FN double softplus(double x) {
+    return x > 20.0 ? x : (x < 0.0 ? 0.0 : x) + log1p_of_unit(exp_nonpositive(-absolute(x)));
 }
 
 // d softplus(x) / dx from the value h = softplus(x) >= 0.
