@@ -39,7 +39,10 @@ def keep_freed_memory() -> bool:
 
 
 def stop_keeping_memory() -> None:
-    """Undo `keep_freed_memory`, for comparisons: tensors from now on are freed by PyTorch's own allocator."""
+    """Undo `keep_freed_memory`, for comparisons: tensors from now on are made by PyTorch's own allocator.
+
+    What is kept stays, for when keeping begins again; `release_kept_memory` gives it back.
+    """
     library = native.load()
     if library is not None:
         library.cpu("stop_keeping_memory")()

@@ -174,7 +174,6 @@ bool keep_freed_memory() {
 
 void stop_keeping_memory() {
     if (base != nullptr) c10::SetCPUAllocator(base);  // blocks in use know how they are freed
-    release_kept_memory();
 }
 
 std::int64_t release_kept_memory() {

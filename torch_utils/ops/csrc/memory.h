@@ -9,7 +9,7 @@ namespace spherehead {
 // there; PyTorch refuses where another one was set with a higher priority.
 bool keep_freed_memory();
 
-// Puts PyTorch's allocator back, and gives the kept blocks back.
+// Puts PyTorch's allocator back; what is kept stays until it is wanted again or released.
 void stop_keeping_memory();
 
 // Gives the kept blocks back and returns their bytes.
