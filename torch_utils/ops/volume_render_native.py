@@ -175,7 +175,7 @@ def call(kernel: Any, *arguments: Any) -> None:
 def channels_last(representation: str, planes: torch.Tensor) -> torch.Tensor:
     """Return planes of which each has its channels last in memory; the same if they are so already.
 
-    Kernels could read an image `[B, H, W, P C]` in place, but its planes are then far apart: 1.5 times as slow on a CPU.
+    Kernels could read an image `[B, H, W, P C]` in place, but texels are then far apart: 1.5 times as slow on a CPU.
     """
     axis = LAYOUTS[representation].channel_axis
     last = planes.movedim(axis, -1)
