@@ -45,6 +45,10 @@ Kernel = Any  # a function of ctypes; returns int unless its restype is set: 0 f
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
+class NativeUnavailableError(RuntimeError, OSError):
+    """There are no native kernels, and SPHEREHEAD_NATIVE=1 forbids to do without; scripts show it as one line."""
+
+
 class NativeLibrary:
     """The kernels of this machine; :func:`load` makes it."""
 
@@ -311,7 +315,7 @@ def _from_cache(recipe: Recipe, broken: Built | None = None) -> Built:
 def _fall_back(what: str, error: Exception) -> None:
     """Say that references are used, or raise where SPHEREHEAD_NATIVE=1 forbids that."""
     if _mode() == "1":
-        raise RuntimeError(f"SPHEREHEAD_NATIVE=1, but there are no {what}: {error}") from error
+        raise NativeUnavailableError(f"SPHEREHEAD_NATIVE=1, but there are no {what}: {error}") from error
     _say(f"no {what}, using the slower reference in PyTorch: {error}")
 
 

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from tests.cli.running import contents, fail, invoke
+from tests.cli.running import contents, fail, invoke, start
 from tests.torch_utils import fake_snapshot as fake
 from torch_utils import native
 
@@ -118,6 +118,16 @@ def test_truncated_network_is_one_line_that_names_it(sphere_pickle, tmp_path, sc
 def test_bad_option_is_one_line_that_names_it(tmp_path, script, changed, culprit):
     assert culprit in fail(script, *FAST, "--seeds", 0, "--outdir", tmp_path / "out", *changed)
     assert not contents(tmp_path / "out")
+
+
+def test_native_kernels_that_are_insisted_on_and_cannot_be_built_are_one_line(tmp_path, monkeypatch):
+    for name, value in {"SPHEREHEAD_NATIVE": "1", "CXX": "false", "SPHEREHEAD_CACHE_DIR": tmp_path / "cache"}.items():
+        monkeypatch.setenv(name, str(value))
+    process = start(["gen_samples.py", *FAST, "--seeds", 0, "--outdir", tmp_path / "out"])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("Error: SPHEREHEAD_NATIVE=1, but there are no native kernels: ")
 
 
 @pytest.mark.parametrize("script", GENERATORS)
