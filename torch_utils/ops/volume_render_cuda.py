@@ -124,20 +124,14 @@ def _call(name: str, planes: torch.Tensor, arguments: Sequence[Any], for_workspa
     num_bytes = _workspace_bytes(name, for_workspace, where)
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device=planes.device)
     options = CudaOptions.of(workspace=workspace, workspace_bytes=num_bytes, **where)
-    _check(name, _launcher(f"{name}_cuda")(*map(_converted, (*arguments, options))))
+    _check(name, _launcher(f"{name}_cuda")(*map(cpu.as_pointer, (*arguments, options))))
 
 
 def _workspace_bytes(name: str, arguments: Sequence[Any], where: dict[str, int | None]) -> int:
     size = _launcher(f"{name.removesuffix('_backward')}_workspace_cuda")
     options, num_bytes = CudaOptions.of(workspace=None, workspace_bytes=0, **where), ctypes.c_int64()
-    _check(name, size(*map(_converted, (*arguments, options)), ctypes.byref(num_bytes)))
+    _check(name, size(*map(cpu.as_pointer, (*arguments, options)), ctypes.byref(num_bytes)))
     return num_bytes.value
-
-
-def _converted(argument: Any) -> Any:
-    if isinstance(argument, ctypes.Structure):
-        return ctypes.byref(argument)
-    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
 
 
 def _check(name: str, status: int) -> None:

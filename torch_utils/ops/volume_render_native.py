@@ -60,12 +60,14 @@ class PlaneLayout(NamedTuple):
     """Views what `Representation.unpack` returns as `[B, P, C, D, H, W]`, with D = 1 for planes."""
     channel_axis: int
     """Of what `Representation.unpack` returns."""
+    plane_depth: Callable[[torch.Tensor], int]
+    """Reads off it what the representation's constructor was told."""
 
 
 LAYOUTS = {
-    "dual_spherical": PlaneLayout(0, lambda planes: planes.flatten(1, 2).unsqueeze(3), 3),
-    "tri_plane": PlaneLayout(1, lambda planes: planes.unsqueeze(3), 2),
-    "tri_grid": PlaneLayout(2, lambda planes: planes, 2),
+    "dual_spherical": PlaneLayout(0, lambda planes: planes.flatten(1, 2).unsqueeze(3), 3, lambda planes: 3),
+    "tri_plane": PlaneLayout(1, lambda planes: planes.unsqueeze(3), 2, lambda planes: 1),
+    "tri_grid": PlaneLayout(2, lambda planes: planes, 2, lambda planes: planes.shape[3]),
 }
 """By the name that representations are registered under; one row for each that has a kernel."""
 
@@ -161,15 +163,18 @@ def _kernel(name: str, dtype: torch.dtype) -> Any | None:
 
 def call(kernel: Any, *arguments: Any) -> None:
     """Call a kernel with structures, tensors and None; raise if it fails."""
-    converted = [
-        ctypes.byref(a) if isinstance(a, _Structure) else ctypes.c_void_p(None if a is None else a.data_ptr())
-        for a in arguments
-    ]
-    status = kernel(*converted)
+    status = kernel(*map(as_pointer, arguments))
     if status == 1:
         raise MemoryError("volume renderer: not enough memory for its working space")
     if status != 0:
         raise RuntimeError(f"volume renderer: the kernel failed with status {status}")
+
+
+def as_pointer(argument: ctypes.Structure | torch.Tensor | None) -> Any:
+    """Return what a kernel is called with."""
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.byref(argument)
+    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
 
 
 def channels_last(representation: str, planes: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from torch_utils.ops import volume_render_cuda, volume_render_native
-from torch_utils.ops.volume_render_native import NUM_QUERY_TENSORS, NUM_RENDER_TENSORS, OPTIONS_SCHEMA, Options
+from torch_utils.ops.volume_render_native import (
+    LAYOUTS,
+    NUM_QUERY_TENSORS,
+    NUM_RENDER_TENSORS,
+    OPTIONS_SCHEMA,
+    Options,
+)
 from training.representations import make_representation
 from training.volumetric_rendering.decoder import DecoderWeights, decode
 from training.volumetric_rendering.reference import RenderDraws, march_rays_ref, query_field_ref
@@ -33,7 +39,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _field_of_reference(options: Options, planes: torch.Tensor, weights: DecoderWeights):
     """Return representation, planes in the precision of the decoder, and decoder."""
-    depth = {"dual_spherical": 3, "tri_plane": 1}.get(options.representation) or planes.shape[3]
+    depth = LAYOUTS[options.representation].plane_depth(planes)
     decoder = functools.partial(decode, weights=weights, activation=options.activation)
     return make_representation(options.representation, depth), planes.to(weights.hidden_weight.dtype), decoder
 

@@ -16,7 +16,7 @@ template <class T, class Representation>
 class Scatter {
   public:
     Scatter(const Field& field, const Decoder<T>& d, std::int64_t slots, std::int64_t capacity)
-        : field_(field), d_(d), slots_(slots), capacity_(capacity), counts_(slots),
+        : field_(field), d_(d), capacity_(capacity), counts_(slots),
           arena_(Arena::bytes_of<T>(slots * capacity * row_size())) {
         memory_ = arena_.template take<T>(slots * capacity * row_size());
     }
@@ -56,7 +56,7 @@ class Scatter {
 
     const Field& field_;
     const Decoder<T>& d_;
-    std::int64_t slots_, capacity_;
+    std::int64_t capacity_;
     std::vector<std::int64_t> counts_;
     Arena arena_;
     T* memory_;
@@ -88,8 +88,8 @@ void backward_in_chunks(const Field& field, const Decoder<T>& d, const FieldGrad
     }
 }
 
-// The colour layer backward, for gradients of activated colours [count, O'] (overwritten by those before activation):
-// adds to the gradients of hidden units [count, U'] and to the layer's own.
+// The colour layer backward, from gradients of colours before their activation [count, O']: sets the gradients of hidden
+// units [count, U'], and adds to the layer's own.
 template <class T>
 void backward_colors(const Decoder<T>& d, const T* hidden, std::int64_t count, const T* g_linear, T* g_hidden,
                      DecoderGradients<T>& sums) {

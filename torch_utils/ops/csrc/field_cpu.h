@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
 #include <new>
 
 #include "parallel.h"
@@ -134,7 +133,7 @@ struct DecoderGradients {
     }
 };
 
-// Points of one scene, and what the field computes on the way. `kept` arrays have one entry per point.
+// Points of one scene, and what the field computes on the way.
 template <class T, class Representation>
 struct PointBatch {
     std::int64_t capacity, count = 0;

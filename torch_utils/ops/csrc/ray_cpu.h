@@ -49,8 +49,22 @@ class RayTrace {
             sample_weights[i] = ((i > 0 ? weights[i - 1] : T(0)) + (i + 1 < samples_ ? weights[i] : T(0))) * T(0.5);
     }
 
-    // From gradients of weights of intervals and samples to those of raw densities, by sorted sample, and of depths
-    // (added to g_depth). `scratch` has room for the samples.
+    // What the intervals sum up to; the depth is 0 without opacity.
+    struct Integral {
+        T accumulation, depth;
+    };
+    Integral integrate() const {
+        Integral sum{0, 0};
+        for (std::int64_t i = 0; i < samples_ - 1; ++i) {
+            sum.accumulation += weights[i];
+            sum.depth += weights[i] * (sorted_t[i] + sorted_t[i + 1]) * T(0.5);
+        }
+        sum.depth = sum.accumulation > T(0) ? sum.depth / sum.accumulation : T(0);
+        return sum;
+    }
+
+    // From gradients of weights of intervals to those of raw densities, by sorted sample, and of depths (added to
+    // g_depth).
     void backward_march(const T* g_weights, T* g_sigma, T* g_depth) const {
         std::fill(g_sigma, g_sigma + samples_, T(0));
         T behind = 0;  // sum of g_weights * weights over the intervals behind this one

@@ -36,13 +36,9 @@ void render_ray(const Field& field, const FieldOfScene<T, Representation>& scene
                 const RenderOutputs& outputs, std::int64_t index, RayTrace<T, Representation>& trace, T* scratch) {
     trace.run(scene, field.box_scale, index);
     const std::int64_t samples = rays.coarse + rays.fine;
-    T accumulation = 0, depth = 0;
-    for (std::int64_t i = 0; i < samples - 1; ++i) {
-        accumulation += trace.weights[i];
-        depth += trace.weights[i] * (trace.sorted_t[i] + trace.sorted_t[i + 1]) * T(0.5);
-    }
+    const auto [accumulation, depth] = trace.integrate();
     *row<T>(outputs.accumulation, index, 1) = accumulation;
-    *row<T>(outputs.depth, index, 1) = accumulation > T(0) ? depth / accumulation : T(0);
+    *row<T>(outputs.depth, index, 1) = depth;
     T* const range = row<T>(outputs.depth_range, index, 2);
     range[0] = trace.sorted_t[0], range[1] = trace.sorted_t[samples - 1];
 
@@ -178,13 +174,8 @@ void backward_ray(const Field& field, const FieldOfScene<T, Representation>& sce
 
     // From samples to intervals; opacity and depth are sums over intervals.
     const T g_depth = *row<T>(gradients.depth, index, 1), g_accumulation = *row<T>(gradients.accumulation, index, 1);
-    T accumulation = 0, depth = 0;
-    for (std::int64_t i = 0; i < samples - 1; ++i) {
-        accumulation += trace.weights[i];
-        depth += trace.weights[i] * (trace.sorted_t[i] + trace.sorted_t[i + 1]) * T(0.5);
-    }
+    const auto [accumulation, depth] = trace.integrate();
     const T inverse = accumulation > T(0) ? T(1) / accumulation : T(0);
-    depth *= inverse;
     std::fill(g.sorted_t, g.sorted_t + samples, T(0));
     for (std::int64_t i = 0; i < samples - 1; ++i) {
         const T middle = (trace.sorted_t[i] + trace.sorted_t[i + 1]) * T(0.5);
