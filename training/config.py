@@ -257,8 +257,11 @@ class DiscriminatorConfig:
     mbstd_group_size: int | None = 4
     """Samples per minibatch-standard-deviation group; None is the whole batch."""
     mbstd_num_channels: int = 1
+    view_head_features: int = 0
+    """Width of the embeddings of the view-image consistency head (ours); 0 leaves the head out."""
 
     def __post_init__(self) -> None:
+        _require_at_least("discriminator.view_head_features", self.view_head_features, 0)
         _require_power_of_two("discriminator.img_resolution", self.img_resolution, 8)
         if self.seg_resolution is not None:
             _require_power_of_two("discriminator.seg_resolution", self.seg_resolution, 8)
