@@ -15,6 +15,7 @@ NoiseMode = Literal["random", "const", "none"]
 Architecture = Literal["orig", "skip", "resnet"]
 FusedModconv = Literal["inference_only"] | bool
 DecoderActivation = Literal["sigmoid", "lrelu", "none"]
+HalfPrecision = Literal["float16", "bfloat16"]
 
 W_DIM = 512  # the super-resolution modules of all published systems hard-code it
 LABEL_DIM = 25
@@ -66,6 +67,8 @@ class SynthesisConfig:
     channel_max: int = 512
     num_fp16_res: int = 0
     """The highest resolutions that run in half precision on CUDA."""
+    half_precision: HalfPrecision = "float16"
+    """Which half precision that is (ours; published networks have float16)."""
     conv_clamp: float | None = None
     """Bound of layer outputs, against overflow in half precision; None does not clamp."""
     architecture: Architecture = "skip"
@@ -94,6 +97,7 @@ class SuperresolutionConfig:
     """A row of `training.superresolution.VARIANTS`."""
     num_fp16_res: int = 4
     """Above 0, both blocks run in half precision on CUDA and clamp at 256 everywhere."""
+    half_precision: HalfPrecision = "float16"
     antialias: bool = True
     """Antialias when the input must be resized."""
     noise_mode: Literal["none", "random"] = "none"
@@ -245,6 +249,7 @@ class DiscriminatorConfig:
     channel_base: int = 32768
     channel_max: int = 512
     num_fp16_res: int = 4
+    half_precision: HalfPrecision = "float16"
     conv_clamp: float | None = 256
     cmap_dim: int | None = None
     """Width of the label projection; None is the width at 4 x 4."""

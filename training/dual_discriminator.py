@@ -94,7 +94,7 @@ class DiscriminatorBlock(nn.Module):
         super().__init__()
         self.in_channels, self.resolution, self.img_channels = in_channels, resolution, img_channels
         self.architecture: Architecture = config.architecture
-        self.use_fp16 = use_fp16
+        self.use_fp16, self.half_dtype = use_fp16, getattr(torch, config.half_precision)
         self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS))
         self.num_layers = 0
         clamp = config.conv_clamp
@@ -122,7 +122,7 @@ class DiscriminatorBlock(nn.Module):
         """Return features `[B, out, R / 2, R / 2]` and, in the skip architecture, the image at half size."""
         source = img if x is None else x
         half = self.use_fp16 and not force_fp32 and source.device.type == "cuda"
-        dtype = torch.float16 if half else self.conv0.weight.dtype
+        dtype = self.half_dtype if half else self.conv0.weight.dtype
         x = None if x is None else x.to(dtype)
         if self.in_channels == 0 or self.architecture == "skip":
             img = img.to(dtype)

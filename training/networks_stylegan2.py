@@ -252,6 +252,7 @@ class SynthesisBlock(nn.Module):
         super().__init__()
         self.in_channels, self.w_dim, self.resolution, self.up = in_channels, w_dim, resolution, up
         self.img_channels, self.use_fp16 = img_channels, use_fp16
+        self.half_dtype = getattr(torch, config.half_precision)
         self.architecture: Architecture = config.architecture
         self.fused_modconv: FusedModconv = config.fused_modconv
         self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS))
@@ -282,7 +283,7 @@ class SynthesisBlock(nn.Module):
         """
         parameter_dtype = self.conv1.weight.dtype
         half = self.use_fp16 and not options.force_fp32 and ws.device.type == "cuda"
-        dtype = torch.float16 if half else parameter_dtype
+        dtype = self.half_dtype if half else parameter_dtype
         fused = self._is_fused(options)
         *w_convs, w_torgb = ws.to(parameter_dtype).unbind(dim=1)
 

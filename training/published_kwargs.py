@@ -143,6 +143,7 @@ def generator_kwargs(config: GeneratorConfig) -> dict[str, Any]:
             "sr_kwargs": {
                 "fused_modconv_default": superresolution.fused_modconv,
                 "first_rgb_replaces_raw": superresolution.first_rgb_replaces_raw,
+                "half_precision": superresolution.half_precision,
             },
             "parsing_flag": config.parsing_classes > 0,
             "parsing_classes": config.parsing_classes or PUBLISHED_PARSING_CLASSES,

@@ -40,6 +40,8 @@ VARIANTS = {
     "SuperresolutionHybrid4X": SuperresolutionVariant(128, 256, (128, 64)),
     "SuperresolutionHybrid2X": SuperresolutionVariant(64, 128, (128, 64)),
     "SuperresolutionHybridDeepfp32": SuperresolutionVariant(128, 256, (128, 64)),
+    # Ours, for small machines.
+    "Superresolution2XSmall": SuperresolutionVariant(32, 64, (64, 32), has_filter_buffer=False),
 }
 
 
@@ -80,7 +82,9 @@ class Superresolution(nn.Module):
         self.input_resolution = variant.input_resolution
         use_fp16 = config.num_fp16_res > 0
         clamp = _FP16_CLAMP if use_fp16 else None
-        blocks = SynthesisConfig(conv_clamp=clamp, fused_modconv=config.fused_modconv)
+        blocks = SynthesisConfig(
+            conv_clamp=clamp, fused_modconv=config.fused_modconv, half_precision=config.half_precision
+        )
         if variant.has_filter_buffer:
             self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS))
         wide, narrow = variant.channels

@@ -40,11 +40,11 @@ def inputs(resolution: int, batch: int = 1, seed: int = 0) -> tuple[torch.Tensor
     return rgb, features, torch.randn(batch, 4, 512, generator=generator)
 
 
-def test_published_rows_cover_every_variant():
-    assert set(PUBLISHED) == set(VARIANTS)
+def test_published_rows_cover_every_variant_but_our_own():
+    assert set(VARIANTS) - set(PUBLISHED) == {"Superresolution2XSmall"}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PUBLISHED)
 def test_superresolution_has_the_published_shapes_and_parameters(variant):
     input_size, output_size, wide, up, narrow, num_parameters, has_filter = PUBLISHED[variant]
     with torch.device("meta"):
