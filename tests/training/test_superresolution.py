@@ -62,7 +62,8 @@ def test_superresolution_has_the_published_shapes_and_parameters(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("resolution", [8, 64, 128])
 def test_superresolution_output_has_its_size(variant, resolution):
-    input_size, size, _, up, *_ = PUBLISHED[variant]
+    row = VARIANTS[variant]
+    input_size, size, up = row.input_resolution, row.output_resolution, row.first_block_up
     with torch.device("meta"):  # shapes alone; the numbers of full sizes are a matter of the parity tests
         module = Superresolution(size, SuperresolutionConfig(variant=variant))
         ws = torch.empty(2, 4, 512)
