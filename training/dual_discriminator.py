@@ -14,6 +14,7 @@ from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upsample2d
 from training.config import Architecture, DiscriminatorConfig, MappingConfig, require
 from training.layers import RESAMPLE_TAPS, Conv2dLayer, FullyConnectedLayer
 from training.networks_stylegan2 import SQRT_HALF, MappingNetwork
+from training.view_head import ViewHead
 
 _LOWEST_BLOCK = 8
 _RAW_FADE_STEP = 32 / 500_000  # DummyDual: the raw image is faded out over 500k images in batches of 32
@@ -175,26 +176,51 @@ class DiscriminatorEpilogue(nn.Module):
 
     def forward(self, x: torch.Tensor, img: torch.Tensor | None, cmap: torch.Tensor | None) -> torch.Tensor:
         """Return logits `[B, 1]` of features `[B, C, 4, 4]` and label embeddings `[B, cmap_dim]`."""
+        return self.project(self.embed(x, img), cmap)
+
+    def embed(self, x: torch.Tensor, img: torch.Tensor | None) -> torch.Tensor:
+        """Return image embeddings `[B, cmap_dim]` (`[B, 1]`, the logits, without labels) of features `[B, C, 4, 4]`."""
         dtype = self.fc.weight.dtype
         x = x.to(dtype)
         if self.architecture == "skip":
             x = x + self.fromrgb(img.to(dtype))
-        x = self.out(self.fc(self.conv(self.mbstd(x)).flatten(1)))
-        if self.cmap_dim > 0:
-            x = (x * cmap).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
-        return x
+        return self.out(self.fc(self.conv(self.mbstd(x)).flatten(1)))
+
+    def project(self, embedding: torch.Tensor, cmap: torch.Tensor | None) -> torch.Tensor:
+        """Return logits `[B, 1]` of image embeddings and label embeddings `[B, cmap_dim]`."""
+        if self.cmap_dim == 0:
+            return embedding
+        return (embedding * cmap).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
+
+
+class DiscriminatorFeatures(NamedTuple):
+    """What the discriminator knows of images before it is told their cameras."""
+
+    trunk: torch.Tensor
+    """Features `[B, C, 4, 4]` after the last block."""
+    embedding: torch.Tensor
+    """Image embeddings `[B, cmap_dim]`, `[B, 1]` without labels; they hold minibatch statistics."""
 
 
 class Discriminator(nn.Module):
-    """Discriminator of any variant.
+    """Discriminator of any variant, with a view-image consistency head if `view_head_features` is above 0.
 
-    Differs from the published code: label noise works on a copy of the labels and is left out for a single sample;
-    the raw image of DummyDual fades in training mode only.
+    `forward` is `logits(features(img), c)`; with the parts, one pass over images serves several labels.
+
+    Results do not depend on how a global batch is split, as long as every part holds whole minibatch-std groups
+    (`training.batch_plan`): label noise is measured in deviations within them.
+
+    Differs from the published code: label noise works on a copy of the labels, takes its deviations over groups and
+    not over the whole batch, and is left out for a single sample; the raw image of DummyDual fades in training mode only.
     """
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         require(config.variant in VARIANTS, "discriminator.variant", f"one of {', '.join(VARIANTS)}", config.variant)
+        measurable = config.disc_c_noise == 0 or config.mbstd_group_size != 1
+        require(
+            measurable, "discriminator.disc_c_noise", "0 for groups of 1, which have no deviation", config.disc_c_noise
+        )
         self.config, self.variant = config, VARIANTS[config.variant]
         self.c_dim, self.img_resolution = config.c_dim, config.img_resolution
         if self.variant.has_filter_buffer:
@@ -210,6 +236,11 @@ class Discriminator(nn.Module):
             )
             self.mapping = MappingNetwork(0, config.c_dim, cmap_dim, None, mapping)
         self.b4 = DiscriminatorEpilogue(config.channels(4), cmap_dim, self.img_channels, config)
+        self.view_head = None
+        if config.view_head_features > 0:
+            # Made last, so that all other layers start from the weights that they have without it.
+            require(config.c_dim > 0, "discriminator.view_head_features", "0 without labels", config.view_head_features)
+            self.view_head = ViewHead(config.channels(4), config.view_head_features)
 
     def _build_towers(self) -> None:
         config = self.config
@@ -269,15 +300,30 @@ class Discriminator(nn.Module):
             ValueError: for a missing image or an `image` of another resolution.
         """
         del update_emas
-        features, image = self._run_tower("b", self.block_resolutions, self.assemble(img), force_fp32)
+        return self.logits(self.features(img, force_fp32), c, generator)
+
+    def features(self, img: dict[str, torch.Tensor], force_fp32: bool = False) -> DiscriminatorFeatures:
+        """Run all layers that do not depend on the camera; see `forward` for the arguments."""
+        trunk, image = self._run_tower("b", self.block_resolutions, self.assemble(img), force_fp32)
         if self.variant.mask_tower:
             mask = self._resized(img, "image_mask", self.config.seg_resolution)
             mask_features, _ = self._run_tower("sb", self.seg_block_resolutions, mask, force_fp32)
-            features = features + mask_features
+            trunk = trunk + mask_features
+        return DiscriminatorFeatures(trunk, self.b4.embed(trunk, image))
+
+    def logits(
+        self, features: DiscriminatorFeatures, c: torch.Tensor | None, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Return logits `[B, 1]` of images with camera labels `[B, c_dim]`."""
         cmap = None
         if self.c_dim > 0:
             cmap = self.mapping(None, self._noisy_labels(c, generator))
-        return self.b4(features, image, cmap)
+        return self.b4.project(features.embedding, cmap)
+
+    def consistency(self, features: DiscriminatorFeatures, c: torch.Tensor) -> torch.Tensor:
+        """Return logits `[B, 1]` that images were seen by the cameras of labels `[B, 25]`; needs the head."""
+        require(self.view_head is not None, "consistency", "a discriminator with view_head_features above 0", 0)
+        return self.view_head(features.trunk, c)
 
     def assemble(self, img: dict[str, torch.Tensor]) -> torch.Tensor:
         """Resize and stack the input images: `[B, img_channels, H, W]`."""
@@ -313,4 +359,6 @@ class Discriminator(nn.Module):
         if strength == 0 or c.shape[0] < 2:
             return c
         noise = torch.randn(c.shape, device=c.device, generator=generator).to(c.dtype)
-        return c + noise * c.std(dim=0) * strength
+        size = min(self.config.mbstd_group_size or c.shape[0], c.shape[0])
+        groups = c.unflatten(0, (size, -1))  # strided members, as in the minibatch-std layer
+        return c + noise * (groups.std(dim=0) * strength).repeat(size, 1)
