@@ -211,7 +211,8 @@ class Discriminator(nn.Module):
     (`training.batch_plan`): label noise is measured in deviations within them.
 
     Differs from the published code: label noise works on a copy of the labels, takes its deviations over groups and
-    not over the whole batch, and is left out for a single sample; the raw image of DummyDual fades in training mode only.
+    not over the whole batch, and is left out for a single sample; the raw image of DummyDual fades in training mode
+    only.
     """
 
     def __init__(self, config: DiscriminatorConfig) -> None:

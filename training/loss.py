@@ -19,7 +19,7 @@ from torch_utils.ops.upfirdn2d import filter2d
 
 _TV_EPS = 1e-12  # under the root of the total variation: its gradient is finite where the field is flat
 
-# Logistic GAN terms (Goodfellow et al. 2014, non-saturating) -----------------------------------------------------------
+# Logistic GAN terms (Goodfellow et al. 2014, non-saturating) ----------------------------------------------------------
 
 
 def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
@@ -90,9 +90,9 @@ def density_monotonic(sigma: torch.Tensor, sigma_behind: torch.Tensor, detach: b
 def density_total_variation(stencil: torch.Tensor) -> torch.Tensor:
     """Return `mean over points of |grad sigma| h`, the total variation of the density field per step (ours).
 
-    The gradient is taken by forward differences along the three axes. In contrast to `density_l1`, whose pairs differ by
-    one random vector, it sees all of the gradient at every point: a surface costs its area times its height whatever its
-    direction.
+    The gradient is taken by forward differences along the three axes. In contrast to `density_l1`, whose pairs differ
+    by one random vector, it sees all of the gradient at every point: a surface costs its area times its height whatever
+    its direction.
 
     Args:
         stencil: raw density `[B, M, 4]` at a point and one step h along x, y, z from it.
@@ -111,8 +111,8 @@ def uniform_points(batch: int, count: int, half_side: float, device: torch.devic
 def near_pairs(batch: int, count: int, perturbation: float, device: torch.device) -> torch.Tensor:
     """Draw points and neighbours `[B, 2 M, 3]` for `density_l1`.
 
-    Points fill the cube [-1, 1]^3, as published, although the planes cover only half of its side: most pairs lie outside
-    of a box of side 1, where they see the border of the field.
+    Points fill the cube [-1, 1]^3, as published, although the box of the planes has a side of 1 in the published
+    settings: seven of eight pairs lie outside of it, where the field has little or nothing to smooth.
 
     Args:
         batch: B.

@@ -1,7 +1,7 @@
 """Phases of one training iteration: which terms they compute, on what, and with which gradients.
 
-Terms are in `training.loss` and `training.vico`, schedules in `training.schedules`. Random numbers come from the default
-generators in the published order, so that a seed gives the published values.
+Terms are in `training.loss` and `training.vico`, schedules in `training.schedules`. Random numbers come from the
+default generators in the published order, so that a seed gives the published values.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class PhaseRunner:
     Raises:
         ValueError: the discriminator needs an image that the generator does not make, or a head that it lacks.
 
-    Differs from the published code: gradients are means over the global batch, not sums over chunks; generated images of
-    D phases build no graph, and real ones are prepared where they are used.
+    Differs from the published code: gradients are means over the global batch, not sums over chunks; generated images
+    of D phases build no graph, and real ones are prepared where they are used.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class _Pass:
     def generator(self) -> None:
         """Adversarial loss of G, its pose offsets and consistency."""
         images, offsets, _ = self.generate()
-        features = self.D.features(self.shown(images))
+        features = self.D.features(self.augmented(self.fake_inputs(images)))
         logits = self.D.logits(features, self.seen(self.chunk.label))
         self.report_logits("fake", logits)
         total = term = loss.generator_loss(logits)
@@ -263,7 +263,7 @@ class _Pass:
         with torch.no_grad():
             images, _, self.result.w_mean = self.generate()
         label = self.seen(self.chunk.label)
-        features = self.D.features(self.shown(images))
+        features = self.D.features(self.augmented(self.fake_inputs(images)))
         logits = self.D.logits(features, label)
         self.report_logits("fake", logits)
         term = loss.discriminator_fake_loss(logits)
@@ -279,7 +279,7 @@ class _Pass:
         if is_reg:
             penalised = {name: images[name].requires_grad_() for name in images if self.r1_gamma(name) > 0}
         label = self.seen(self.chunk.real_label)
-        features = self.D.features(self.shown(images))
+        features = self.D.features(self.augmented(images))
         logits = self.D.logits(features, label)
         self.report_logits("real", logits)
         self.result.real_signs = logits.detach().sign()
@@ -341,7 +341,10 @@ class _Pass:
         self.backward(term)
 
     def real_inputs(self) -> dict[str, torch.Tensor]:
-        """Return the real images that D sees: raw image, mask and parsing map at the resolution of generated ones."""
+        """Return what D sees of real images before augmentation: R1 is measured on these, as published.
+
+        Raw image, mask and parsing map have the resolution of generated ones. Image and raw image are blurred alike.
+        """
         real, side = self.chunk.real, self.values.neural_rendering_resolution
         require(real is not None and self.chunk.real_label is not None, "chunk.real", "images in phases of D", real)
         fir = getattr(self.D, "resample_filter", None)
@@ -352,15 +355,17 @@ class _Pass:
             image = real[source].detach()
             if name != "image":
                 image = filtered_resizing(image, side, fir, self.config.loss.resize_mode)
-            if name == "image_raw":
-                image = loss.blur(image, self.values.blur_sigma)
-            images[name] = image
+            images[name] = loss.blur(image, self.values.blur_sigma) if source == "image" else image
         return images
 
-    def shown(self, images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return images as D sees them: blurred, then augmented."""
+    def fake_inputs(self, images: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what D sees of generated images before augmentation; the raw image is not blurred, as published."""
         images = {name: images[name] for name in self.runner.inputs}
         images["image"] = loss.blur(images["image"], self.values.blur_sigma)
+        return images
+
+    def augmented(self, images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Augment what D sees, if there is a pipe."""
         return images if self.runner.augment is None else self.runner.augment(images)
 
     def seen(self, label: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """View-image consistency (ViCo): the discriminator must notice when an image and its camera do not belong together.
 
-The SphereHead paper introduces the loss: a camera-conditioned discriminator judges quality first and lets a face pass at
-the back of the head, so real images are shown to it with mismatched cameras as additional negatives. It neither says how
-those are chosen nor how they are weighted, and there is no published training code. **All of this module is our design.**
+The SphereHead paper introduces the loss: a camera-conditioned discriminator judges quality first and lets a face pass
+at the back of the head, so real images are shown to it with mismatched cameras as additional negatives. How those are
+chosen and weighted is not known, and there is no published training code. **All of this module is our design.**
 
 Which cameras
     A mismatched label is that of another sample of the data set, whose view direction is at least `min_angle_deg` away
@@ -17,9 +17,9 @@ Mode `label`: `weight * softplus(D(x, c'))`
     projection is computed again: features of the image do not depend on the label.
 
 Mode `head`: `weight * (softplus(-S(x, c)) + softplus(S(x, c')))`
-    A separate logit S (`training.view_head`) learns whether image and camera belong together, and leaves the adversarial
-    logit to its game. Positives and negatives are equally many (an invalid sample is left out of both), so that S cannot
-    gain by preferring one answer. The generator's loss gets `generator_weight * softplus(-S(G(z, c), c))`.
+    A separate logit S (`training.view_head`) learns whether image and camera belong together, and leaves the
+    adversarial logit to its game. Positives and negatives are equally many (an invalid sample is left out of both), so
+    that S cannot gain by preferring one answer. The generator's loss gets `generator_weight softplus(-S(G(z, c), c))`.
 
 Gradients reach the trunk
     Nothing is detached in the discriminator: its convolutions are to find features that tell views apart, which the
@@ -28,9 +28,9 @@ Gradients reach the trunk
 
 Generated images (`source` fake or both)
     In mode `label` a generated image with a mismatched camera is one more negative. In mode `head` its pairs enter like
-    real ones, with the *requested* camera as match. While the generator shows a face at the back, that teaches S to call
-    it consistent, and S and the generator may agree on a code of their own: the default is `real`, where S learns from
-    true pairs only and the generator has to meet them.
+    real ones, with the *requested* camera as match. While the generator shows a face at the back, that teaches S to
+    call it consistent, and S and the generator may agree on a code of their own: the default is `real`, where S learns
+    from true pairs only and the generator has to meet them.
 
 R1 is measured on matched real pairs only: mismatched logits are a classifier's, not a critic's at the data.
 

@@ -10,6 +10,7 @@ Files written here:
     initial_weights.npz      first values and sums of squares of networks constructed after seed 0
     discriminators.npz       logits and resized images
     building_blocks.json.gz  small vectors of resampling, ray, sampling and marching formulas
+    losses.json.gz           loss values, gradient norms and w_avg of every training phase of five configurations
     state_dicts.json.gz      names, shapes and kinds (P parameter, B buffer) of the entries of the 512-pixel networks
 """
 
@@ -49,6 +50,8 @@ def make_all(spec: Path, out: Path) -> None:
     write_vectors(out / "discriminators.npz", discriminator_vectors(_read(fixtures / "discriminators.json")))
     misc = _read(fixtures / "misc.json")
     write_json_gz(out / "building_blocks.json.gz", {key: misc[key] for key in _BUILDING_BLOCKS})
+    losses = {path.stem.removeprefix("loss_"): _read(path) for path in sorted(fixtures.glob("loss_*.json"))}
+    write_json_gz(out / "losses.json.gz", losses)
     write_json_gz(out / "state_dicts.json.gz", state_dict_lists(spec / "state_dicts"))
 
 
