@@ -21,7 +21,8 @@ from training.infinite_sampler import InfiniteSampler
 Chunk = dict[str, torch.Tensor]
 
 _MIN_PREFETCH = 2  # iterations
-_ITEMS_PER_WORKER = 4  # queued or finished, so that no worker waits
+_TASKS_PER_WORKER = 2  # queued or finished, so that no worker waits
+_MAX_ROWS_PER_TASK = 8
 _MAX_TRIES = 100  # images in a row that cannot be read, before storage as a whole is to blame
 
 
@@ -33,15 +34,16 @@ class _Pending:
     """int64 [b]: items of the data set; changed where one is replaced."""
     layers: torch.Tensor
     """uint8 [b, C, H, W]."""
-    futures: list[Future]
+    tasks: list[tuple[slice, Future]]
+    """Rows, and what tells when they are there."""
 
 
 class BatchLoader:
     """Iterate over the global batches of a run; of each, over the chunks of this process.
 
-    Global batch t holds positions `start_nimg + t * batch_size`, ... of the stream of `InfiniteSampler`. It follows that
-    the images of an iteration depend on `seed`, `start_nimg` and t alone: not on the number of processes or workers,
-    and not on whether the run was interrupted.
+    Global batch t holds positions `start_nimg + t * batch_size`, ... of the stream of `InfiniteSampler`. The images of
+    an iteration therefore depend on `seed`, `start_nimg` and t alone: not on the number of processes or workers, and
+    not on whether the run was interrupted.
 
     With the data set's `skip_bad`, an image that cannot be read any more is replaced by the next item of the data set
     that can; `replaced` counts them. A worker that dies is replaced, and what it did is done again.
@@ -83,7 +85,9 @@ class BatchLoader:
         self._labels = torch.from_numpy(dataset.labels)
         self._queue: collections.deque[list[_Pending]] = collections.deque()
         rows = len(plan.chunks) * plan.batch_gpu
-        self._prefetch = max(_MIN_PREFETCH, math.ceil(workers * _ITEMS_PER_WORKER / rows)) if workers else 1
+        self._rows_per_task = min(math.ceil(rows / max(workers, 1)), _MAX_ROWS_PER_TASK)
+        needed = workers * _TASKS_PER_WORKER * self._rows_per_task
+        self._prefetch = max(_MIN_PREFETCH, math.ceil(needed / rows)) if workers else 1
         self.replaced: dict[str, str] = {}
         """Items that were replaced because they could not be read, by name, each with the reason."""
         self.num_replaced = 0
@@ -112,16 +116,25 @@ class BatchLoader:
         shape = (len(indices), reader.num_channels, reader.resolution, reader.resolution)
         # Pinned memory comes from a cache, which hands it out again only when copies from it have ended.
         layers = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        futures = [self._submit(int(index), layers[row]) for row, index in enumerate(indices)]
-        return _Pending(indices, layers, futures)
+        starts = range(0, len(indices), self._rows_per_task)
+        tasks = [slice(start, start + self._rows_per_task) for start in starts]
+        return _Pending(indices, layers, [(rows, self._submit(indices[rows], layers[rows])) for rows in tasks])
 
-    def _submit(self, index: int, into: torch.Tensor) -> Future:
-        return self._pool.submit(self._dataset.locate(index), memoryview(into.numpy()).cast("B"))
+    def _submit(self, indices: np.ndarray, into: torch.Tensor) -> Future:
+        """Start to read items [b] into uint8 [b, C, H, W]."""
+        task = [self._dataset.locate(index) for index in indices.tolist()]
+        return self._pool.submit(task, memoryview(into.numpy()).cast("B"))
 
     def _finish(self, pending: _Pending) -> Chunk:
         """Wait for a chunk, and bring it to the device."""
-        for row, future in enumerate(pending.futures):
-            pending.indices[row] = self._read_or_replace(int(pending.indices[row]), future, pending.layers[row])
+        for rows, future in pending.tasks:
+            try:
+                future.result()
+            except (BadImage, WorkerDied):  # one by one, to know which it was
+                for row in range(len(pending.indices))[rows]:
+                    pending.indices[row] = self._read_or_replace(
+                        int(pending.indices[row]), pending.layers[row : row + 1]
+                    )
         indices = torch.from_numpy(pending.indices)
         labels = self._labels[indices]
         if self._device.type == "cuda":
@@ -129,21 +142,19 @@ class BatchLoader:
         chunk = self._convert(pending.layers.to(self._device, non_blocking=True))
         return {**chunk, "label": labels.to(self._device, non_blocking=True), "index": indices}
 
-    def _read_or_replace(self, index: int, future: Future, into: torch.Tensor) -> int:
-        """Return the item that was read into `into`: `index`, or one that stands in for it."""
-        for _ in range(min(_MAX_TRIES, len(self._dataset))):
+    def _read_or_replace(self, index: int, into: torch.Tensor) -> int:
+        """Read an item into uint8 [1, C, H, W]; return it, or the one that stands in for it."""
+        for _ in range(_MAX_TRIES):
             try:
-                future.result()
+                self._submit(np.array([index]), into).result()
                 return index
             except (BadImage, WorkerDied) as error:
                 if not self._dataset.config.skip_bad:
                     raise ValueError(f"{error} (data.skip_bad would replace it)") from None
                 self.num_replaced += 1
-                self.replaced[self._dataset.name(index)] = str(error)
-                last_error = error
+                self.replaced[self._dataset.name(index)] = reason = str(error)
             index = (index + 1) % len(self._dataset)
-            future = self._submit(index, into)
-        raise ValueError(f"expected images that can be read, came none in {_MAX_TRIES} tries; the last: {last_error}")
+        raise ValueError(f"expected images that can be read, came none in {_MAX_TRIES} tries; the last: {reason}")
 
     def _convert(self, layers: torch.Tensor) -> Chunk:
         """Convert uint8 [b, C, H, W] to what networks take."""
@@ -151,8 +162,10 @@ class BatchLoader:
         if self._dataset.has_masks:
             chunk["image_mask"] = layers[:, 3:4].float() / 255
         if self._dataset.has_parsing:
-            classes = torch.arange(self._dataset.parsing_classes, device=layers.device, dtype=torch.uint8)
-            chunk["image_parsing"] = (layers[:, -1:] == classes[:, None, None]).float()  # [b, K, H, W]
+            indices = layers[:, -1:].long()  # below the number of classes, as the reader has checked
+            shape = (len(layers), self._dataset.parsing_classes, *layers.shape[2:])
+            zeros = torch.zeros(shape, device=layers.device)
+            chunk["image_parsing"] = zeros.scatter_(1, indices, 1.0)  # [b, K, H, W]
         return chunk
 
     def close(self) -> None:

@@ -51,8 +51,8 @@ class HeadDataset(torch.utils.data.Dataset):
         ValueError: without `config.skip_bad`, something cannot be used: the message names root and file, what was
             expected and what came. With it, there is nothing that can be used, or a root is no data set at all.
 
-    Differs from the published code: labels of generators are mirrored too, classes of parsing maps are mirrored, several
-    roots are read as one, and defects are found at the start.
+    Differs from the published code: labels of flipped items are mirrored wherever they are read, and classes of parsing
+    maps too; several roots are read as one; defects are found at the start.
     """
 
     labels: np.ndarray

@@ -205,9 +205,9 @@ class HeadReader:
             out[-1:] = self._mirrored_classes[parsing] if mirror else parsing
         return np.ascontiguousarray(out[:, :, ::-1]) if mirror else out
 
-    def __call__(self, task: tuple[int, bool]) -> np.ndarray:
-        """Read everything of an image, `task` being the arguments of `read`."""
-        return self.read(*task)
+    def __call__(self, task: list[tuple[int, bool]]) -> np.ndarray:
+        """Read several images, `task` being arguments of `read`; returns uint8 [b, C, H, W]."""
+        return np.stack([self.read(item, mirror) for item, mirror in task])
 
     def _decoded(self, item: int, kind: str, decode: Callable[..., np.ndarray], *arguments: int) -> np.ndarray:
         source, name = self._file(item, kind)
