@@ -49,20 +49,22 @@ class Collector:
         self._moments: dict[str, torch.Tensor] = {}  # name -> [4] float64
 
     @torch.no_grad()
-    def add(self, name: str, values: torch.Tensor | float) -> None:
+    def add(self, name: str, values: torch.Tensor | float, mask: torch.Tensor | None = None) -> None:
         """Add values under a name.
 
         Args:
             name: such as 'Loss/G/loss'.
-            values: a tensor of any shape and real dtype, every element of which counts, or a number.
+            values: a tensor of any shape and real dtype, or a number.
+            mask: of the same shape, 1 (or true) where a value counts and 0 elsewhere; None counts all.
         """
         if not isinstance(values, torch.Tensor):
             values = torch.full((), float(values), dtype=torch.float64, device=self.device)  # no copy from the host
         values = values.to(device=self.device, dtype=torch.float64, non_blocking=True).flatten()
-        finite = values.isfinite()
+        counted = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.flatten().bool()
+        finite = values.isfinite() & counted
         kept = torch.where(finite, values, 0.0)
         count = finite.sum(dtype=torch.float64)
-        moments = torch.stack([count, kept.sum(), kept.square().sum(), values.numel() - count])
+        moments = torch.stack([count, kept.sum(), kept.square().sum(), counted.sum() - count])
         if name in self._moments:
             self._moments[name] += moments
         else:

@@ -1,6 +1,6 @@
 """Typed, frozen configuration of a training run.
 
-`train.py` builds a `TrainConfig` from its options, writes it to `options.json`, and the training loop reads nothing else.
+`train.py` builds a `TrainConfig` from its options and writes it to `options.json`; the training loop reads nothing else.
 Values that change during a run are functions of these fields and of `cur_nimg`, see `training.schedules`.
 """
 

@@ -1,0 +1,370 @@
+"""The training loop: train() -> Trainer.step() -> Trainer.run_phase(), and what happens between ticks.
+
+Nothing depends on when, or by how many processes, something is computed: the images of a batch, latents, labels and
+all noise are functions of (seed, cur_nimg, phase, chunk), so that a run that is resumed from a training state goes on
+bit for bit where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_utils import distributed, gradients, rng
+from torch_utils.ema import ema_beta, update_ema
+from torch_utils.memory import keep_freed_memory
+from torch_utils.preemption import SignalWatch
+from torch_utils.training_stats import Collector
+from training import training_state
+from training.ada import AdaptiveStrength
+from training.augment import make_augment_pipe
+from training.batch_plan import BatchPlan
+from training.data_loader import BatchLoader
+from training.dataset import HeadDataset
+from training.image_grids import GridSpec, save_fakes, save_reals
+from training.network_setup import build_networks, set_backends
+from training.phases import Chunk, Phase, PhaseRunner, make_phases, optimizer_settings, update_w_avg
+from training.run_log import RunLog
+from training.schedules import ScheduleValues, schedule_values
+from training.skipped_steps import PhaseRecord, SkippedSteps, describe_skip, diagnose
+from training.snapshots import save_networks
+from training.train_config import TrainConfig
+from training.vico import LabelPool
+from training.volumetric_rendering.renderer import RendererChoice
+
+_INIT_STREAM, _STEP_STREAM = 0, 1  # of the seed: initial weights; training steps
+_MAX_SKIPPED_SHOWN = 20  # lines about images that were left out
+_D_MAIN = ("Dmain", "Dboth")
+_REAL_INPUTS = ("image", "image_mask", "image_parsing")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """A run: what to train, where, and from where it goes on."""
+
+    config: TrainConfig
+    run_dir: Path
+    device: torch.device
+    renderer: RendererChoice = "auto"
+    state: Path | None = None
+    """Training state to go on from; None starts."""
+    start: Mapping[str, nn.Module | None] = dataclasses.field(default_factory=dict)
+    """Networks to start from (fine-tuning)."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is; all of it follows from the configuration and the images seen."""
+
+    cur_nimg: int
+    """Images of the data set that were shown, and the argument of all schedules."""
+    tick_start_nimg: int
+    cur_tick: int = 0
+    skipped_steps: int = 0
+    """Optimiser steps left out for non-finite gradients."""
+
+
+def train(request: TrainRequest, log: RunLog) -> bool:
+    """Train until `total_kimg`, or until a signal asks to stop.
+
+    Returns:
+        Whether training is complete; False after SIGTERM, SIGUSR1 or SIGINT, when the state has been saved.
+
+    Raises:
+        ValueError: data, configuration or state cannot be used.
+        TrainingDivergedError: too many steps in a row had non-finite gradients.
+    """
+    with SignalWatch() as signals:
+        trainer = Trainer(request, log)
+        return trainer.run(signals)
+
+
+class Trainer:
+    """State of a run, and what a step, a tick and the end do with it."""
+
+    def __init__(self, request: TrainRequest, log: RunLog) -> None:
+        self.config, self.run_dir, self.device, self.log = request.config, request.run_dir, request.device, log
+        config, loop = self.config, self.config.loop
+        set_backends(config.precision)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.plan = BatchPlan(
+            batch_size=loop.batch_size,
+            batch_gpu=loop.batch_gpu,
+            group_size=min(config.discriminator.mbstd_group_size or loop.batch_gpu, loop.batch_gpu),
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        self.dataset = HeadDataset(config.data, seed=loop.seed)
+        self._report_dataset()
+        self.labels = torch.from_numpy(self.dataset.labels).to(self.device)
+
+        rng.seed_all(loop.seed, _INIT_STREAM)
+        (self.G, self.D, self.G_ema), lines = build_networks(config, self.device, request.renderer, request.start)
+        for line in lines:
+            log.line(line)
+        for network in (self.G, self.D, self.G_ema):
+            distributed.broadcast_module(network)
+        pipe = make_augment_pipe(config.augment)
+        self.augment = None if pipe is None else pipe.to(self.device)
+        self.ada = None
+        if config.augment.mode == "ada":
+            self.ada = AdaptiveStrength(config.augment, loop.batch_size).to(self.device)
+
+        self.phases = make_phases(config)
+        self.runner = PhaseRunner(self.G, self.D, config, self.augment)
+        self.optimizers = {
+            name: torch.optim.Adam(network.parameters(), fused=True, **optimizer_settings(config, name))
+            for name, network in (("G", self.G), ("D", self.D))
+        }
+        self.vico_pool = LabelPool(self.labels, self.device) if config.vico.mode != "none" else None
+        self.stats = Collector(self.device)
+        self.progress = Progress(cur_nimg=loop.start_nimg, tick_start_nimg=loop.start_nimg)
+        self.elapsed_s = 0.0
+        if request.state is not None:
+            self._load_state(request.state)
+        self.skipped = SkippedSteps(self.device, loop.max_skipped_steps, self.progress.skipped_steps)
+        self.grid = GridSpec()
+
+    def _report_dataset(self) -> None:
+        data = self.dataset
+        maps = [name for name, there in (("masks", data.has_masks), ("parsing maps", data.has_parsing)) if there]
+        self.log.line(f"data: {len(data)} images of {data.resolution} px" + "".join(f" with {name}" for name in maps))
+        if data.skipped:
+            self.log.line(f"data: {len(data.skipped)} left out, such as:")
+            for line in data.skipped[:_MAX_SKIPPED_SHOWN]:
+                self.log.line(f"  {line}")
+
+    # ---- one step ----
+
+    def step(self, batch: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Train on one global batch, of which this process has `batch`: a dict of tensors for each of its chunks."""
+        config, nimg = self.config, self.progress.cur_nimg
+        values = schedule_values(config.loss, nimg)
+        iteration = (nimg - config.loop.start_nimg) // config.loop.batch_size
+        for number, phase in enumerate(self.phases):
+            if iteration % phase.interval == 0:
+                self.run_phase(number, phase, batch, values)
+        loop = config.loop
+        update_ema(self.G_ema, self.G, ema_beta(loop.batch_size, nimg, loop.ema_kimg, loop.ema_rampup))
+        for network in (self.G, self.G_ema):
+            network.neural_rendering_resolution = values.neural_rendering_resolution
+        if self.ada is not None:
+            self.ada.after_iteration(iteration, self.augment)
+        self.progress.cur_nimg += loop.batch_size
+
+    def run_phase(
+        self, number: int, phase: Phase, batch: Sequence[Mapping[str, torch.Tensor]], values: ScheduleValues
+    ) -> None:
+        """Accumulate the gradients of one phase over the chunks, average them over processes, and step."""
+        nimg = self.progress.cur_nimg
+        network, optimizer = getattr(self, phase.network), self.optimizers[phase.network]
+        optimizer.zero_grad(set_to_none=True)
+        w_means = []
+        for chunk_number, data in zip(self.plan.chunks, batch, strict=True):
+            rng.seed_all(self.config.loop.seed, _STEP_STREAM, nimg, number, chunk_number)
+            result = self.runner.run(phase, self._chunk(phase, data), values, weight=1 / len(batch))
+            for name, value in result.stats.items():
+                self.stats.add(name, value)
+            for name, (value, mask) in result.weighted_stats.items():
+                self.stats.add(name, value, mask)
+            if result.w_mean is not None:
+                w_means.append(result.w_mean)
+            if self.ada is not None and phase.name in _D_MAIN:
+                self.ada.add(result.real_signs)
+        network.requires_grad_(False)
+        finite = gradients.average_gradients(dict(network.named_parameters()))
+        gradients.step_if_finite(optimizer, finite)
+        if w_means:
+            update_w_avg(self.G, distributed.all_reduce_mean(torch.stack(w_means).mean(dim=0)))
+        indices = tuple(int(index) for data in batch for index in data["index"])
+        self._report_skips(self.skipped.add(PhaseRecord(phase.name, phase.network, nimg, indices), finite))
+
+    def _chunk(self, phase: Phase, data: Mapping[str, torch.Tensor]) -> Chunk:
+        """Draw latents and cameras for a chunk of images, after the seed has been set."""
+        size, vico = len(data["label"]), self.config.vico
+        z = torch.randn(size, self.G.z_dim, device=self.device)
+        label = self.labels[torch.randint(len(self.labels), (size,), device=self.device)]
+        mismatched = mismatched_fake = None
+        if self.vico_pool is not None and phase.name in _D_MAIN:
+            mismatched = self.vico_pool.draw(data["label"], vico)
+            mismatched_fake = self.vico_pool.draw(label, vico)
+        return Chunk(
+            real={name: data[name] for name in _REAL_INPUTS if name in data},
+            real_label=data["label"],
+            z=z,
+            label=label,
+            num_groups=self.plan.num_groups,
+            mismatched=mismatched,
+            mismatched_fake=mismatched_fake,
+        )
+
+    def _report_skips(self, records: Sequence[PhaseRecord]) -> None:
+        """Say which steps were left out; end training where there were too many in a row."""
+        for record in records:
+            self.log.line(describe_skip(record, self.dataset.name))
+        self.progress.skipped_steps = self.skipped.total
+        self.skipped.require_progress(lambda: diagnose({"G": self.G, "D": self.D}))
+
+    # ---- the run ----
+
+    def run(self, signals: SignalWatch) -> bool:
+        """Train to the end or until a signal; see `train`."""
+        loop, progress = self.config.loop, self.progress
+        end_nimg = int(loop.total_kimg * 1000)
+        if progress.cur_tick > 0 and progress.cur_nimg >= end_nimg:
+            self.log.line(f"complete: {progress.cur_nimg / 1000:g} of {loop.total_kimg:g} kimg")
+            return True
+        if progress.cur_tick == 0:
+            self._save_reals()
+        loader = BatchLoader(self.dataset, self.plan, loop.seed, progress.cur_nimg, loop.workers, self.device)
+        with contextlib.closing(loader):
+            self.clock = TickClock(progress.cur_nimg)
+            for batch in loader:
+                self.step(batch)
+                done = progress.cur_nimg >= end_nimg
+                if self._is_tick(done):
+                    self.end_tick(done, loader)
+                if done:
+                    self.log.line(f"complete: {progress.cur_nimg / 1000:g} kimg in {self.run_dir}")
+                    return True
+                if signals.any_rank_requested():
+                    self.log.line(f"stopping after {signals.reason}; --resume auto goes on from here")
+                    self._save_state()
+                    return False
+        raise AssertionError("the loader is endless")
+
+    def _is_tick(self, done: bool) -> bool:
+        progress = self.progress
+        due = progress.tick_start_nimg + 1000 * self.config.loop.tick_kimg
+        return done or progress.cur_tick == 0 or progress.cur_nimg >= due
+
+    def end_tick(self, done: bool, loader: BatchLoader) -> None:
+        """Report the tick, and write what is due: pictures, a snapshot, a state."""
+        loop, progress = self.config.loop, self.progress
+        self._report_skips(self.skipped.flush())
+        stats = self.stats.reduce()
+        timing = self.clock.end_training(progress.cur_nimg)
+        self.elapsed_s += timing["Timing/sec_per_tick"] + timing["Timing/maintenance_sec"]
+        self.log.tick(stats, {**self._scalars(loader), **timing, "Timing/total_sec": self.elapsed_s}, progress.cur_nimg)
+
+        def due(every: int | None) -> bool:
+            return every is not None and (progress.cur_tick % every == 0 or done)
+
+        if due(loop.image_ticks):
+            self._save_images()
+        if due(loop.snapshot_ticks) or done:
+            self._save_snapshot()
+        save_state = due(loop.state_ticks) or done
+        progress.cur_tick += 1
+        progress.tick_start_nimg = progress.cur_nimg
+        if save_state:
+            self._save_state()
+        self.clock.end_maintenance()
+
+    def _scalars(self, loader: BatchLoader) -> dict[str, float]:
+        """Return the numbers of a tick that are not means over samples."""
+        progress = self.progress
+        schedule = dataclasses.asdict(schedule_values(self.config.loss, progress.cur_nimg))
+        return {
+            "Progress/tick": progress.cur_tick,
+            "Progress/kimg": progress.cur_nimg / 1000,
+            "Progress/skipped_steps": progress.skipped_steps,
+            "Progress/replaced_images": loader.num_replaced,
+            "Progress/augment": 0.0 if self.augment is None else float(self.augment.p),
+            **{f"Progress/{name}": value for name, value in schedule.items() if value is not None},
+        }
+
+    # ---- files ----
+
+    def _save_reals(self) -> None:
+        if distributed.is_main() and self.config.loop.image_ticks is not None:
+            save_reals(self.run_dir, self.dataset, self.grid)
+
+    def _save_images(self) -> None:
+        if distributed.is_main():
+            for name, path in save_fakes(self.run_dir, self.G_ema, self.progress.cur_nimg, self.grid).items():
+                self.log.images(name, path)
+
+    def _save_snapshot(self) -> None:
+        """Write G, D and G_ema with their configuration; density noise, a training schedule, stays out."""
+        if not distributed.is_main():
+            return
+        kimg = self.progress.cur_nimg // 1000
+        provenance = {
+            "preset": self.config.preset,
+            "data": list(self.config.data.images),
+            "cur_nimg": self.progress.cur_nimg,
+            "seed": self.config.loop.seed,
+        }
+        networks = {"G": self.G, "D": self.D, "G_ema": self.G_ema}
+        save_networks(self.run_dir / f"network-snapshot-{kimg:06d}.safetensors", networks, provenance)
+
+    def _state_objects(self, progress: dict[str, Any]) -> dict[str, Any]:
+        """Return everything that a state holds, by name."""
+        objects = {"G": self.G, "D": self.D, "G_ema": self.G_ema, "stats": self.stats, "progress": progress}
+        objects |= {f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
+        optional = {"augment": self.augment, "ada": self.ada}
+        return objects | {name: thing for name, thing in optional.items() if thing is not None}
+
+    def _save_state(self) -> None:
+        self._report_skips(self.skipped.flush())
+        self.stats.gather_to_main()
+        if self.ada is not None:
+            self.ada.gather_to_main()
+        if not distributed.is_main():
+            return
+        objects = self._state_objects(dataclasses.asdict(self.progress))
+        header = {"data": self.dataset.fingerprint, "elapsed_s": self.elapsed_s}
+        with distributed.long_task("saving the training state"):
+            training_state.save_state(self.run_dir, self.progress.cur_nimg, objects, header)
+            training_state.prune_states(self.run_dir, self.config.loop.keep_states)
+
+    def _load_state(self, path: Path) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: it belongs to another configuration or to other data.
+        """
+        progress: dict[str, Any] = {}
+        header = training_state.load_state(path, self._state_objects(progress))
+        if header["data"] != self.dataset.fingerprint:
+            raise ValueError(
+                f"{path}: expected the data set that this run began with, came one with other names, order or labels; "
+                "a new run with --resume-from takes over the weights alone"
+            )
+        if self.ada is not None and not distributed.is_main():
+            self.ada.signs.zero_()
+        self.progress = Progress(**progress)
+        self.elapsed_s = header["elapsed_s"]
+        self.log.line(f"going on at {self.progress.cur_nimg / 1000:g} kimg from {path}")
+
+
+class TickClock:
+    """Time of training and of what happens between ticks."""
+
+    def __init__(self, cur_nimg: int) -> None:
+        self._start_nimg, self._start_s, self._maintenance_s = cur_nimg, time.perf_counter(), 0.0
+
+    def end_training(self, cur_nimg: int) -> dict[str, float]:
+        """End the tick's training; return seconds per tick, per thousand images, and of the maintenance before it."""
+        duration_s = time.perf_counter() - self._start_s
+        kimg = max(cur_nimg - self._start_nimg, 1) / 1000
+        self._start_nimg, self._start_s = cur_nimg, time.perf_counter()
+        return {
+            "Timing/sec_per_tick": duration_s,
+            "Timing/sec_per_kimg": duration_s / kimg,
+            "Timing/maintenance_sec": self._maintenance_s,
+        }
+
+    def end_maintenance(self) -> None:
+        """End what happened after the tick."""
+        now = time.perf_counter()
+        self._maintenance_s, self._start_s = now - self._start_s, now
