@@ -82,6 +82,13 @@ def test_add_non_finite_values_are_counted_apart():
     assert (stats["none"].num, stats["none"].nonfinite) == (0, 1) and math.isnan(stats["none"].mean)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_add_with_a_mask_counts_only_what_is_in_it(dtype):
+    collector, values = Collector(), torch.tensor([[1.0, math.nan], [math.inf, 4.0], [7.0, 100.0]])
+    collector.add("a", values, mask=torch.tensor([[1, 0], [1, 1], [1, 0]], dtype=dtype))
+    assert collector.reduce()["a"] == Stat(3, 4.0, math.sqrt(6.0), nonfinite=1)
+
+
 def test_reduce_begins_anew_and_drops_names_without_values():
     collector = Collector()
     collector.add("a", 1.0)
