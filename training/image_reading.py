@@ -13,7 +13,7 @@ from PIL import Image
 from training.image_sources import BadImage, FolderSource, ZipSource, printable
 
 # Pixels alone: EPS, WMF and the like are programs, and Pillow starts other programs for some of them.
-Image.init()
+Image.init()  # loads the readers of all formats
 IMAGE_FORMATS = tuple(
     name
     for name in "PNG JPEG MPO WEBP BMP DIB TIFF GIF PPM TGA JPEG2000 AVIF".split()
@@ -59,10 +59,13 @@ def open_image(data: bytes) -> Image.Image:
         raise BadImage(f"not an image that can be read: {_reason(error)}") from None
 
 
-def pixels(image: Image.Image) -> np.ndarray:
-    """Decode an image to an array [H, W] or [H, W, C]; BadImage where it is damaged."""
+def pixels(image: Image.Image, mode: str | None = None) -> np.ndarray:
+    """Decode an image to an array [H, W] or [H, W, C]; BadImage where it is damaged.
+
+    `mode` is Pillow's name of the type to convert to; None keeps the type.
+    """
     try:
-        return np.asarray(image)
+        return np.asarray(image if mode in (None, image.mode) else image.convert(mode))
     except MemoryError:
         raise
     except Exception as error:
@@ -110,7 +113,7 @@ def decode_image(data: bytes, resolution: int) -> np.ndarray:
     """
     with open_image(data) as image:
         _check_image(image, resolution)
-        array = pixels(image if image.mode in ("RGB", "L") else image.convert("RGB"))
+        array = pixels(image, None if image.mode == "L" else "RGB")
     array = array[..., None] if array.ndim == 2 else array
     return np.broadcast_to(array.transpose(2, 0, 1), (3, resolution, resolution))
 
@@ -119,7 +122,7 @@ def decode_mask(data: bytes, resolution: int) -> np.ndarray:
     """Decode a mask to uint8 [1, H, W], 255 in the foreground; colours become their luma. Raises as `decode_image`."""
     with open_image(data) as image:
         _check_mask(image, resolution)
-        return pixels(image if image.mode == "L" else image.convert("L"))[None]
+        return pixels(image, "L")[None]
 
 
 def decode_parsing(data: bytes, resolution: int, num_classes: int) -> np.ndarray:
