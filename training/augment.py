@@ -1,7 +1,7 @@
 """Augmentation of what the discriminator sees, with adaptive strength (Karras et al. 2020, ADA).
 
-Real and generated images are augmented alike, so that the generator learns the images as they are, as long as the
-augmentations that a distribution of images went through could be told from the result (strength below about 0.8).
+Real and generated images are augmented alike. The generator then still learns images that are not augmented, as long as
+their distribution can be told from that of augmented ones, which holds up to a strength p of about 0.8 (section 2.2).
 """
 
 from __future__ import annotations
@@ -113,17 +113,18 @@ class AugmentPipe(nn.Module):
     generator of its device, for each augmentation in the order of `AugmentOptions`: first the parameter, then
     U[0, 1) < strength * p, each per sample.
 
-    Camera labels. Flips and rotations leave labels alone, as published: a left profile is shown with the label of a
-    right one in up to half of the cases. The generator still learns the right side while p < 1, but a discriminator
-    that judges views (`training.vico`) is taught wrong ones. Either leave them out (`xflip=0, rotate90=0`), or use
-    `draw` and `apply_transforms` and give the discriminator `where(flipped, mirror_label(c), c)`.
+    Camera labels stay, as published: of a flipped left profile the label says right, in up to half of the cases. A
+    generator learns the right side all the same while p < 1, but a discriminator that judges views is taught wrong
+    ones. `draw` says what is flipped: `where(flipped[:, None], mirror_label(c), c)` is right, with `apply_transforms`.
+    Or leave flips out (`xflip=0`). Rotations stand for cameras that are rolled, which labels do not say either.
 
     Differs from the published code:
         * It took one tensor (image and resized raw image, six channels) and resampled the raw image at full size, which
           blurs it, also at p = 0. Here raw images keep their pixels. `published_resampling` does as published.
-        * It padded by as much as the batch needs, for which it waits for the device, and had zeros beyond one
-          reflection. Here sampling positions are reflected. Equal where a place is inside the image; outside nearly so,
-          because the filter is not symmetric.
+        * It padded images by as much as the batch needs, for which it waits for the device, reflected at the middles of
+          the outermost pixels, with zeros beyond one reflection. Here sampling positions are reflected, for ever, at
+          the edges, which lie at the same place for every size. Where a place is inside the image nothing differs.
+          `published_resampling` pads.
         * Image-space filters, noise and cutout, which were switched off, are left out, and with them `Hz_fbank`.
         * Augmentations that are not named are on with strength 1, as in the published training command; they were off.
 

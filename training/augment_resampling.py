@@ -78,14 +78,22 @@ class _GridSampleTransposed(torch.autograd.Function):
         return _GridSample.apply(grad, grid), None, None
 
 
-def reflected(position: torch.Tensor, last: int, border: float) -> torch.Tensor:
-    """Fold positions, in pixels, into [0, last] by reflection at the middles of the first and the last pixel.
+def reflected(position: torch.Tensor, side: int, border: float) -> torch.Tensor:
+    """Fold positions, in pixels, into [-0.5, side - 0.5] by reflection at the edges of the image.
 
     Positions up to `border` outside stay: there the enlarged image, which the filter makes a little different from its
     mirror image, is at hand. Without that an image would come back changed at its borders when nothing is done to it.
     """
-    folded = last - (position.remainder(2 * last) - last).abs()
-    return torch.where((position < -border) | (position > last + border), folded, position)
+    folded = side - ((position + 0.5).remainder(2 * side) - side).abs() - 0.5
+    return torch.where((position < -border) | (position > side - 1 + border), folded, position)
+
+
+def _pad_symmetric(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Enlarge images by `width` pixels on all sides, reflected at the edges (`F.pad` reflects at middles of pixels)."""
+    for dim in (2, 3):
+        side = x.shape[dim]
+        x = torch.cat([x.narrow(dim, 0, width).flip(dim), x, x.narrow(dim, side - width, width).flip(dim)], dim)
+    return x
 
 
 def published_margins(inverse: torch.Tensor, size: tuple[int, int], taps: int) -> Margins:
@@ -121,9 +129,10 @@ def resample(
         inverse: `[B, 3, 3]`, from places in the result to places in the image, both in pixels, x right and y down,
             with the middle of the image as origin.
         resampler: filter for enlarging and reducing.
-        margins: None reflects the image at its borders for ever: positions outside are folded inside. Numbers of
-            pixels (left, right, top, bottom) enlarge the image by reflection, with zeros beyond, as published; the
-            numbers depend on the transformation, so that a device has to be waited for.
+        margins: None reflects the image at its edges for ever: positions outside are folded inside. Edges are at the
+            same place for every size. Numbers of pixels (left, right, top, bottom) enlarge the image by reflection at
+            the middles of its outermost pixels, with zeros beyond, as published; numbers that suffice depend on the
+            transformation, so that a device has to be waited for.
 
     Returns:
         `[B, C, H, W]`.
@@ -132,19 +141,22 @@ def resample(
         ValueError: for an image too small to be reflected.
     """
     taps = resampler.fir.shape[-1]
-    # Reducing an image left in place reads the enlarged one up to `border` pixels outside (half a pixel is for rounding)
+    # Reducing an image left in place reads the enlarged one up to `border` pixels outside (half a pixel for rounding),
     # and enlarging that much of it reads the image up to `support` pixels outside.
     border, support = taps // 4 + 0.5, taps // 2 + 1
     height, width = x.shape[-2:]
-    if min(height, width) <= support:
-        raise ValueError(f"augmented image: expected sides above {support} pixels, got {(height, width)}")
-    pad, zeros = ((support,) * 4, 0) if margins is None else (margins, 2 * support)
-    padded = F.pad(x, pad, mode="reflect")
-    enlarged = upfirdn2d(padded, resampler.fir, up=2, padding=zeros, gain=4)
-    origin_x, origin_y = (taps // 2 - 2 * before - zeros for before in (pad[0], pad[2]))
+    if min(height, width) < support:
+        raise ValueError(f"augmented image: expected sides of at least {support} pixels, got {(height, width)}")
+    if margins is None:
+        padded, left, top = _pad_symmetric(x, support), support, support
+    else:
+        padded = F.pad(F.pad(x, margins, mode="reflect"), (support,) * 4)
+        left, top = margins[0] + support, margins[2] + support
+    enlarged = upfirdn2d(padded, resampler.fir, up=2, gain=4)
+    origin_x, origin_y = taps // 2 - 2 * left, taps // 2 - 2 * top  # of the pixels of `enlarged`
     place_x, place_y = _sampled_places(inverse.to(x.dtype), (height, width), taps, resampler.centre)  # [B, 2H+, 2W+]
     if margins is None:
-        place_x, place_y = reflected(place_x, width - 1, border), reflected(place_y, height - 1, border)
+        place_x, place_y = reflected(place_x, width, border), reflected(place_y, height, border)
     grid_x = _grid_coordinate(2 * place_x + resampler.centre - origin_x, enlarged.shape[3])
     grid_y = _grid_coordinate(2 * place_y + resampler.centre - origin_y, enlarged.shape[2])
     sampled = _GridSample.apply(enlarged, torch.stack([grid_x, grid_y], dim=-1))
