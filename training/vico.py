@@ -34,7 +34,8 @@ Generated images (`source` fake or both)
 
 R1 is measured on matched real pairs only: mismatched logits are a classifier's, not a critic's at the data.
 
-Augmentation that flips or turns images contradicts labels here as it does in a camera-conditioned discriminator anyway.
+Augmentation: an image that the pipe flips is shown with mirrored labels, both its own and the mismatched one. In the
+published code labels stay, which would teach wrong views here. Rotations in the image plane leave labels alone.
 """
 
 from __future__ import annotations
@@ -127,6 +128,27 @@ class LabelPool:
         drawn = self._labels[candidates.gather(1, choice).squeeze(1)].to(labels.dtype)
         drawn = torch.where(valid[:, None], drawn, labels)
         return MismatchedLabels(drawn, valid.to(labels.dtype), yaw_gap_deg(labels, drawn))
+
+
+def draw_mismatched(
+    pool: LabelPool, config: VicoConfig, real_labels: torch.Tensor, fake_labels: torch.Tensor
+) -> dict[str, MismatchedLabels]:
+    """Draw what a chunk needs, as fields of `training.phases.Chunk`: nothing where the loss is off.
+
+    Args:
+        pool: labels of the data set.
+        config: mode and source.
+        real_labels: of the real images `[B, 25]`.
+        fake_labels: of those to generate `[B, 25]`.
+    """
+    if config.mode == "none":
+        return {}
+    drawn = {}
+    if config.source in ("real", "both"):
+        drawn["mismatched"] = pool.draw(real_labels, config)
+    if config.source in ("fake", "both"):
+        drawn["mismatched_fake"] = pool.draw(fake_labels, config)
+    return drawn
 
 
 def view_directions(labels: torch.Tensor) -> torch.Tensor:
