@@ -2,250 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import platform
+import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
+import torch
+from dataset_tools.synth import IMAGES, MASKS, SynthRequest, synthesise
+from tqdm import tqdm
 
-from dnnlib import cli
-from training.dual_discriminator import VARIANTS as DISCRIMINATORS
-from training.train_presets import TRAIN_PRESETS
+from dnnlib import cli, serialize
+from dnnlib.extras import has_extra
+from dnnlib.util import open_url
+from legacy import load_network_pkl
+from torch_utils import distributed
+from torch_utils.launch import launch
+from training.config import require
+from training.dataset import image_side
+from training.run_log import RunLog
+from training.run_options import Run, choose_run, run_name, write_options
+from training.snapshots import NETWORK_NAMES
+from training.train_config import DataConfig, LossConfig, TrainConfig
+from training.train_options import NOT_NEGATIVE, given_settings, setting_options
+from training.train_presets import TRAIN_PRESETS, make_train_config, train_preset
+from training.training_loop import TrainRequest, train
+from training.training_state import is_state
 
-NOT_NEGATIVE = cli.FiniteFloat(min=0)
-SHARE = cli.FiniteFloat(min=0, max=1)
-NOT_NEGATIVE_INT = click.IntRange(min=0)
-_SUPERRESOLUTION_PREFIX = "training.superresolution."
-
-
-class DepthLimit(click.ParamType):
-    """A distance from the camera, or 'auto'."""
-
-    name = "distance"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
-        """Return the number, or 'auto'."""
-        return value if value == "auto" else cli.FiniteFloat(min=0).convert(value, param, ctx)
-
-
-class Setting(NamedTuple):
-    """An option that sets fields of the configuration where it is given; otherwise the preset's value holds."""
-
-    flags: str
-    """Names, separated by blanks."""
-    fields: str
-    """Dotted paths in `TrainConfig`, separated by blanks."""
-    type: Any
-    help: str
-    convert: Callable[[Any], Any] = lambda value: value
-    """From the option's value to that of the fields."""
-
-    @property
-    def parameter(self) -> str:
-        """Name of the parameter, made from the first flag."""
-        return self.flags.split()[0].lstrip("-").replace("-", "_")
-
-
-SETTINGS = (
-    # data
-    Setting("--cond", "data.conditional", bool, "Train with camera labels."),
-    Setting("--mirror", "data.mirror", bool, "Add left-right flipped images, with the cameras flipped too."),
-    Setting("--min-yaw", "data.min_yaw_deg", NOT_NEGATIVE, "Leave out images with a smaller absolute yaw, degrees."),
-    Setting("--max-yaw", "data.max_yaw_deg", NOT_NEGATIVE, "Leave out images with a larger absolute yaw, degrees."),
-    Setting(
-        "--max-pitch", "data.max_pitch_deg", NOT_NEGATIVE, "Leave out images with a larger absolute pitch, degrees."
-    ),
-    Setting("--published-angles", "data.published_angles", bool, "Filter by the published yaw and pitch formula."),
-    Setting("--back-repeat", "data.back_repeat", cli.POSITIVE_INT, "How often images from behind appear."),
-    Setting("--max-images", "data.max_images", cli.POSITIVE_INT, "Use a random part of the data."),
-    Setting("--skip-bad", "data.skip_bad", bool, "Leave out, count and report images that cannot be used."),
-    Setting("--workers", "loop.workers", NOT_NEGATIVE_INT, "Processes that read images, for each training process."),
-    # batch and length
-    Setting("--batch", "loop.batch_size", cli.POSITIVE_INT, "Images per step, over all processes."),
-    Setting("--batch-gpu", "loop.batch_gpu", cli.POSITIVE_INT, "Images that a process computes at a time."),
-    Setting("--kimg", "loop.total_kimg", NOT_NEGATIVE, "Thousand images to train on."),
-    Setting("--seed", "loop.seed", NOT_NEGATIVE_INT, "Random seed."),
-    # networks
-    Setting("--cbase", "generator.synthesis.channel_base discriminator.channel_base", cli.POSITIVE_INT, "Capacity."),
-    Setting("--cmax", "generator.synthesis.channel_max discriminator.channel_max", cli.POSITIVE_INT, "Most channels."),
-    Setting("--map-depth", "generator.mapping.num_layers", cli.POSITIVE_INT, "Layers of the mapping network."),
-    Setting(
-        "--g-architecture", "generator.synthesis.architecture", click.Choice(["orig", "skip", "resnet"]), "Backbone."
-    ),
-    Setting("--triplane-size", "generator.plane_resolution", cli.POSITIVE_INT, "Side of the planes, texels."),
-    Setting("--triplane-depth", "generator.plane_depth", cli.POSITIVE_INT, "Depth of a tri-grid."),
-    Setting(
-        "--representation",
-        "generator.representation",
-        click.Choice(["dual_spherical", "tri_grid", "tri_plane"]),
-        "Planes in which the volume is stored.",
-    ),
-    Setting(
-        "--decoder-activation",
-        "generator.decoder.activation",
-        click.Choice(["sigmoid", "lrelu", "none"]),
-        "Of colours.",
-    ),
-    Setting("--decoder-lr-mul", "generator.decoder.lr_multiplier", cli.POSITIVE_FLOAT, "Learning rate of the decoder."),
-    Setting("--use-torgb-raw", "generator.raw_torgb", bool, "Make the raw image by a learned layer."),
-    Setting("--use-background", "generator.background", bool, "Synthesise a background image behind the volume."),
-    Setting("--pose-offset", "generator.pose_offset", bool, "Learn a camera offset for each latent."),
-    Setting(
-        "--sr-module",
-        "generator.superresolution.variant",
-        str,
-        "Super-resolution module; by default that of the resolution.",
-        lambda name: name.removeprefix(_SUPERRESOLUTION_PREFIX),
-    ),
-    Setting(
-        "--sr-noise-mode", "generator.superresolution.noise_mode", click.Choice(["none", "random"]), "Its layer noise."
-    ),
-    Setting("--disc-module", "discriminator.variant", click.Choice(list(DISCRIMINATORS)), "Discriminator."),
-    Setting(
-        "--seg-resolution", "discriminator.seg_resolution", cli.POSITIVE_INT, "Of MaskDualDiscriminator's mask tower."
-    ),
-    Setting("--mbstd-group", "discriminator.mbstd_group_size", cli.POSITIVE_INT, "Minibatch-std group, images."),
-    Setting("--freezed", "discriminator.freeze_layers", NOT_NEGATIVE_INT, "Freeze-D: layers that do not train."),
-    Setting("--disc-c-noise", "discriminator.disc_c_noise", NOT_NEGATIVE, "Label noise of the discriminator."),
-    # conditioning
-    Setting(
-        "--gen-pose-cond", "generator.conditioning.zero", bool, "Tell the generator the camera.", lambda on: not on
-    ),
-    Setting("--c-scale", "generator.conditioning.scale", NOT_NEGATIVE, "Factor on the conditioning label."),
-    Setting("--gpc-reg-prob", "loss.conditioning_swap_prob", SHARE, "Probability of another sample's camera."),
-    Setting("--gpc-reg-fade-kimg", "loss.conditioning_swap_fade_kimg", NOT_NEGATIVE, "... to which it falls from 1."),
-    # rendering
-    Setting("--depth-samples", "generator.rendering.depth_resolution", cli.POSITIVE_INT, "Stratified samples per ray."),
-    Setting(
-        "--depth-samples-importance",
-        "generator.rendering.depth_resolution_importance",
-        NOT_NEGATIVE_INT,
-        "Samples per ray where the first found matter.",
-    ),
-    Setting("--ray-start", "generator.rendering.ray_start", DepthLimit(), "Nearest sample; a distance or auto."),
-    Setting("--ray-end", "generator.rendering.ray_end", DepthLimit(), "Farthest sample; a distance or auto."),
-    Setting(
-        "--neural-rendering-resolution-initial",
-        "loss.neural_rendering_resolution_initial",
-        cli.POSITIVE_INT,
-        "Side of the volume-rendered image, pixels.",
-    ),
-    Setting(
-        "--neural-rendering-resolution-final",
-        "loss.neural_rendering_resolution_final",
-        cli.POSITIVE_INT,
-        "... after the fade.",
-    ),
-    Setting(
-        "--neural-rendering-resolution-fade-kimg",
-        "loss.neural_rendering_resolution_fade_kimg",
-        NOT_NEGATIVE,
-        "Length of the fade.",
-    ),
-    # loss
-    Setting("--gamma", "loss.r1_gamma", NOT_NEGATIVE, "Weight of R1."),
-    Setting("--gamma-seg", "loss.r1_gamma_mask", NOT_NEGATIVE, "Weight of R1 on masks."),
-    Setting("--gamma-parsing", "loss.r1_gamma_parsing", NOT_NEGATIVE, "Weight of R1 on parsing maps."),
-    Setting("--blur-init-sigma", "loss.blur_init_sigma", NOT_NEGATIVE, "Blur of images at the start, pixels."),
-    Setting("--blur-fade-kimg", "loss.blur_fade_kimg", NOT_NEGATIVE, "Fade of the blur, for a batch of 32."),
-    Setting("--density-reg", "loss.density_reg", NOT_NEGATIVE, "Weight of the density regulariser."),
-    Setting("--density-reg-every", "optimizer.generator_reg_interval", cli.POSITIVE_INT, "Iterations between them."),
-    Setting(
-        "--density-reg-p-dist", "loss.density_reg_perturbation", NOT_NEGATIVE, "Distance of its points, world units."
-    ),
-    Setting(
-        "--reg-type",
-        "loss.density_reg_type",
-        click.Choice(["l1", "monotonic-detach", "monotonic-fixed", "total-variation"]),
-        "Density regulariser.",
-    ),
-    Setting("--density-noise-fade-kimg", "loss.density_noise_fade_kimg", NOT_NEGATIVE, "Fade of noise on the density."),
-    Setting("--bcg-reg-prob", "loss.background_swap_prob", SHARE, "Probability of another sample's background."),
-    Setting("--trans-reg", "loss.pose_offset_reg", NOT_NEGATIVE, "Weight of the penalty on the mean camera offset."),
-    Setting("--style-mixing-prob", "loss.style_mixing_prob", SHARE, "Probability of style mixing."),
-    # view-image consistency
-    Setting("--vico", "vico.mode", click.Choice(["none", "label", "head", "both"]), "View-image consistency."),
-    Setting("--vico-weight", "vico.weight", NOT_NEGATIVE, "Its weight in the discriminator."),
-    Setting("--vico-source", "vico.source", click.Choice(["real", "fake", "both"]), "Images shown with wrong cameras."),
-    Setting("--vico-min-angle", "vico.min_angle_deg", cli.POSITIVE_FLOAT, "Least angle to a wrong camera, degrees."),
-    Setting("--vico-hard-share", "vico.hard_share", SHARE, "Share of wrong cameras opposite in yaw."),
-    Setting("--vico-generator-weight", "vico.generator_weight", NOT_NEGATIVE, "Weight in the generator (head)."),
-    # augmentation
-    Setting("--aug", "augment.mode", click.Choice(["noaug", "ada", "fixed"]), "Augmentation."),
-    Setting("--p", "augment.p", SHARE, "Strength of --aug fixed."),
-    Setting("--target", "augment.target", SHARE, "What --aug ada holds the mean sign of real logits at."),
-    # optimisation
-    Setting("--glr", "optimizer.generator_lr", cli.POSITIVE_FLOAT, "Learning rate of the generator."),
-    Setting("--dlr", "optimizer.discriminator_lr", cli.POSITIVE_FLOAT, "Learning rate of the discriminator."),
-    Setting("--ema-kimg", "loop.ema_kimg", NOT_NEGATIVE, "Half-life of the moving average of weights."),
-    # precision and speed
-    Setting(
-        "--g-num-fp16-res",
-        "generator.synthesis.num_fp16_res",
-        NOT_NEGATIVE_INT,
-        "Highest resolutions of the backbone in half precision.",
-    ),
-    Setting(
-        "--sr-num-fp16-res",
-        "generator.superresolution.num_fp16_res",
-        NOT_NEGATIVE_INT,
-        "Above 0: super-resolution in half precision.",
-    ),
-    Setting(
-        "--d-num-fp16-res",
-        "discriminator.num_fp16_res",
-        NOT_NEGATIVE_INT,
-        "Highest resolutions of the discriminator in half precision.",
-    ),
-    Setting(
-        "--bf16",
-        "generator.synthesis.half_precision generator.superresolution.half_precision discriminator.half_precision",
-        bool,
-        "Take bfloat16 as half precision, instead of float16.",
-        lambda on: "bfloat16" if on else "float16",
-    ),
-    Setting("--tf32", "precision.tf32", bool, "Let CUDA multiply float32 in TF32."),
-    Setting("--nobench", "precision.cudnn_benchmark", bool, "Do not let cuDNN time its algorithms.", lambda on: not on),
-    Setting("--channels-last", "precision.channels_last", bool, "Keep images channels-last."),
-    Setting("--compile", "precision.compile", bool, "Compile the generator with torch.compile."),
-    # what is kept
-    Setting("--tick", "loop.tick_kimg", cli.POSITIVE_FLOAT, "Thousand images between lines of statistics."),
-    Setting(
-        "--snap", "loop.snapshot_ticks loop.image_ticks", cli.POSITIVE_INT, "Ticks between snapshots and pictures."
-    ),
-    Setting("--image-ticks", "loop.image_ticks", cli.POSITIVE_INT, "Ticks between pictures."),
-    Setting("--state-ticks", "loop.state_ticks", cli.POSITIVE_INT, "Ticks between training states."),
-    Setting("--keep-states", "loop.keep_states", cli.POSITIVE_INT, "Training states that are kept."),
-    Setting("--max-skipped", "loop.max_skipped_steps", cli.POSITIVE_INT, "Skipped steps in a row that end training."),
-)
-
-
-def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for each of `SETTINGS`; without a value, yes/no options mean yes."""
-    for setting in reversed(SETTINGS):
-        flags = setting.flags.split()
-        if setting.type is bool:
-            attributes = {"type": click.BOOL, "is_flag": False, "flag_value": True}
-        else:
-            attributes = {"type": setting.type}
-        command = cli.option(*flags, **attributes, default=None, show_default=False, help=setting.help)(command)
-    return command
-
-
-def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that the given options set, values by dotted path; later settings win."""
-    fields: dict[str, Any] = {}
-    for setting in SETTINGS:
-        value = options[setting.parameter]
-        if value is not None:
-            fields |= dict.fromkeys(setting.fields.split(), setting.convert(value))
-    for network, path in (
-        ("generator.synthesis", "generator.synthesis.num_fp16_res"),
-        ("discriminator", "discriminator.num_fp16_res"),
-    ):
-        if path in fields:  # half precision overflows without a bound
-            fields[f"{network}.conv_clamp"] = 256 if fields[path] > 0 else None
-    return fields
+_SYNTHETIC_SIZE = 2000, 4  # identities, views of each
+_SYNTHETIC_RESOLUTION = 128
 
 
 @click.command()
@@ -295,7 +82,130 @@ def train_command(**options: Any) -> None:
         python train.py --outdir runs --cfg spherehead --img-data imgs.zip --seg-data masks.zip --gpus 8 --batch 32
         torchrun --nnodes 2 --nproc-per-node 8 train.py --outdir runs --cfg eg3d --img-data imgs.zip --batch 32
     """
-    raise NotImplementedError
+    processes = options["gpus"] or distributed.world_size()
+    config = make_train_config(options["cfg"], _data_config(options), _settings(options), processes)
+    name = run_name(config, processes, options["desc"])
+    if options["dry_run"]:
+        cli.print_dry_run({"outdir": options["outdir"], "run": name, "config": serialize.to_json(config)})
+    elif processes > 1 and not distributed.is_worker():
+        launch(processes)
+    else:
+        _train(config, name, options)
+
+
+# ---- from options to a configuration ----
+
+
+def _data_config(options: Mapping[str, Any]) -> DataConfig:
+    """Return where the data are; synthetic ones need not be there yet."""
+    images, masks, parsing = (options[name] for name in ("image_roots", "mask_roots", "parsing_roots"))
+    synthetic = _synthetic_data(options)
+    if synthetic is not None:
+        folder, request = synthetic
+        return DataConfig(images=(str(folder / IMAGES),), masks=(str(folder / MASKS),), resolution=request.resolution)
+    return DataConfig(
+        images=images,
+        masks=masks,
+        parsing=parsing,
+        resolution=image_side(images[0]),
+        parsing_classes=options["parsing_classes"] if parsing else 0,
+    )
+
+
+def _synthetic_data(options: Mapping[str, Any]) -> tuple[Path, SynthRequest] | None:
+    """Return the folder and the contents of a synthetic data set, if the command asks for one."""
+    images = options["image_roots"]
+    if not any(root.split(":")[0] == "synth" for root in images):
+        return None
+    others = [*images[1:], *options["mask_roots"], *options["parsing_roots"]]
+    require(not others, "--data synth", "no other data, it brings its masks", others)
+    match = re.fullmatch(r"synth(?::([1-9]\d{0,6})x([1-9]\d{0,3}))?", images[0])
+    require(match is not None, "--data", "synth or synth:IDENTITIESxVIEWS, such as synth:2000x4", images[0])
+    identities, views = (int(match[1]), int(match[2])) if match[1] else _SYNTHETIC_SIZE
+    resolution = options["resolution"] or train_preset(options["cfg"]).resolution or _SYNTHETIC_RESOLUTION
+    request = SynthRequest(num_identities=identities, views_per_identity=views, resolution=resolution)
+    return options["outdir"] / f"synthetic-heads-{resolution}px-{identities}x{views}", request
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that options set, and those that follow from starting with trained networks."""
+    fields = given_settings(options)
+    tells_camera = options["gen_pose_cond"]
+    if tells_camera is not None and options["gpc_reg_prob"] is None:
+        preset = train_preset(options["cfg"]).fields.get(
+            "loss.conditioning_swap_prob", LossConfig.conditioning_swap_prob
+        )
+        fields["loss.conditioning_swap_prob"] = (preset or LossConfig.conditioning_swap_prob) if tells_camera else None
+    start = options["resume_from"]
+    fields |= {"resume_from": start, "loop.start_nimg": int(options["resume_kimg"] * 1000)}
+    if start is not None:
+        defaults = {"augment.ada_kimg": 100.0, "loop.ema_rampup": None}
+        if not options["resume_blur"]:
+            defaults |= {"loss.blur_init_sigma": 0.0, "loss.conditioning_swap_fade_kimg": 0.0}
+        fields = {**defaults, **fields}
+    return fields
+
+
+def _start_network(options: Mapping[str, Any]) -> str | None:
+    """Return the snapshot that a new run starts from; `--resume` with a network file means the same."""
+    if options["resume_from"] is not None:
+        return options["resume_from"]
+    return options["resume"] if _names_network(options["resume"]) else None
+
+
+def _names_network(resume: str) -> bool:
+    return resume not in ("auto", "never") and not Path(resume).is_dir() and not is_state(resume)
+
+
+# ---- training ----
+
+
+def _train(config: TrainConfig, name: str, options: Mapping[str, Any]) -> None:
+    """Train as one of the processes of a run."""
+    device = distributed.resolve_device(options["device"])
+    with distributed.session(device):
+        synthetic = _synthetic_data(options)
+        if synthetic is not None and distributed.is_main():
+            _make_data(*synthetic)
+        run = distributed.broadcast_object(_choose_run(config, name, options) if distributed.is_main() else None)
+        tensorboard = options["tensorboard"]
+        with RunLog(
+            run.run_dir,
+            distributed.is_main(),
+            tensorboard=has_extra("tensorboard") if tensorboard is None else tensorboard,
+            wandb_project=options["wandb_project"],
+            start_nimg=run.start_nimg(config),
+        ) as log:
+            if distributed.is_main():
+                versions = {"python": platform.python_version(), "torch": torch.__version__}
+                write_options(run.run_dir, config, sys.argv, versions)
+            log.line(f"run folder: {run.run_dir}")
+            start = {}
+            if config.resume_from is not None and run.state is None:
+                with open_url(config.resume_from) as file:
+                    start = load_network_pkl(file)
+                log.line(f"starting from {config.resume_from}")
+            request = TrainRequest(
+                config=config,
+                run_dir=run.run_dir,
+                device=device,
+                renderer=options["renderer"],
+                state=run.state,
+                start={network: start.get(network) for network in NETWORK_NAMES} if start else {},
+            )
+            train(request, log)
+
+
+def _choose_run(config: TrainConfig, name: str, options: Mapping[str, Any]) -> Run:
+    resume = "never" if _names_network(options["resume"]) else options["resume"]
+    return choose_run(options["outdir"], name, config, resume, click.echo)
+
+
+def _make_data(folder: Path, request: SynthRequest) -> None:
+    """Make the synthetic data set, unless it is there."""
+    total = request.num_identities * request.views_per_identity
+    with tqdm(total=total, desc="synthetic heads", unit="image", leave=False) as bar:
+        synthesise(folder, request, lambda done: bar.update(done - bar.n))
 
 
 if __name__ == "__main__":

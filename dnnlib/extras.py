@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 
@@ -23,3 +24,8 @@ def import_extra(module: str, extra: str) -> ModuleType:
         raise MissingExtraError(
             f"this needs {package}, which is not installed; in the project's folder: pip install -e '.[{extra}]'"
         ) from None
+
+
+def has_extra(module: str) -> bool:
+    """Whether a module of an optional extra is installed; it is not imported."""
+    return importlib.util.find_spec(module) is not None

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from torch_utils.failures import PeerFailedError, is_lost_connection, report
+from torch_utils.failures import PeerFailedError, is_clean_exit, is_lost_connection, report
 from torch_utils.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -137,13 +137,21 @@ def session(
     """
     try:
         init(device, timeout_s=timeout_s, peer_timeout_s=peer_timeout_s)
-        yield
+        ending = None
+        try:
+            yield
+        except BaseException as error:
+            if not is_clean_exit(error):
+                raise
+            ending = error
         shutdown()
     except BaseException as error:
         cause = _leave_after(error)
         if cause is not None:
             raise cause from error
         raise
+    if ending is not None:
+        raise ending
 
 
 def init(
@@ -290,6 +298,15 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def broadcast_object(value: T, src: int = 0) -> T:
+    """Return the object that rank `src` has; it is pickled on the way, so ranks must trust each other."""
+    if not is_active():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src)
+    return values[0]
 
 
 @torch.no_grad()

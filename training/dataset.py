@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from camera_utils import LABEL_SIZE, mirror_label
 from dnnlib.workers import map_ordered
 from training.config import require
 from training.head_labels import collect_labels, mirror_defects, parse_labels, select_views
-from training.image_reading import HeadReader, ItemNames, Probe, Roots
+from training.image_reading import HeadReader, ItemNames, Probe, Roots, open_image
 from training.image_sources import (
     LABELS_NAME,
+    BadImage,
     FolderSource,
     ZipSource,
     open_source,
@@ -196,22 +198,27 @@ def _list_items(config: DataConfig) -> tuple[list[Roots], list[ItemNames], list[
     return roots, items, skipped
 
 
-def match_files(number: int, roots: Roots) -> tuple[list[ItemNames], list[str]]:
-    """Find mask and parsing map of every image of a root, by path without extension.
+def match_files(
+    number: int, roots: Roots, key: Callable[[str], str] = without_extension
+) -> tuple[list[ItemNames], list[str]]:
+    """Find mask and parsing map of every image of a root.
 
     Args:
         number: of the root.
         roots: its sources.
+        key: what files that belong together have in common; by default, the path without extension.
 
     Returns:
         The files of each image, and the defects of images that were left out: names that are unsafe or ambiguous, and
         masks or parsing maps that are missing.
     """
     defects = [f"{_where(roots.images, name)}: {reason}" for name, reason in roots.images.refused]
-    others = {kind: _by_stem(getattr(roots, kind)) for kind in ("masks", "parsing") if getattr(roots, kind) is not None}
+    others = {
+        kind: _by_key(getattr(roots, kind), key) for kind in ("masks", "parsing") if getattr(roots, kind) is not None
+    }
     items, seen = [], {}
     for name in roots.images.names:
-        stem = without_extension(name)
+        stem = key(name)
         reason = None
         if stem in seen:
             reason = f"expected one image of this name without extension, came {printable(seen[stem])} too"
@@ -231,10 +238,10 @@ def match_files(number: int, roots: Roots) -> tuple[list[ItemNames], list[str]]:
     return items, defects
 
 
-def _by_stem(source: FolderSource | ZipSource) -> dict[str, list[str]]:
+def _by_key(source: FolderSource | ZipSource, key: Callable[[str], str]) -> dict[str, list[str]]:
     table: dict[str, list[str]] = {}
     for name in source.names:
-        table.setdefault(without_extension(name), []).append(name)
+        table.setdefault(key(name), []).append(name)
     return table
 
 
@@ -283,3 +290,20 @@ def _ranges(items: list[int]) -> list[tuple[int, int]]:
         else:
             ranges.append((item, item + 1))
     return ranges
+
+
+def image_side(root: str) -> int:
+    """Return the side of the first image of a data set, in pixels.
+
+    Raises:
+        ValueError: there is no image, it cannot be read, or it is not square.
+    """
+    source = open_source(root, "data.images")
+    require(len(source.names) > 0, printable(source.path), "at least one image", "none")
+    where = _where(source, source.names[0])
+    try:
+        width, height = open_image(source.read(source.names[0])).size
+    except BadImage as error:
+        raise ValueError(f"{where}: {error}") from None
+    require(width == height, where, "a square image", f"{width} x {height} pixels")
+    return width

@@ -49,12 +49,12 @@ def make_run_dir(outdir: str | Path, name: str) -> Path:
     raise OSError(f"{outdir}: no number for a new run could be claimed in {_MAX_ATTEMPTS} attempts")
 
 
-def find_run_dir(outdir: str | Path, name: str) -> Path | None:
-    """Return the folder of the last run of this name; None where there is none."""
+def find_run_dirs(outdir: str | Path, name: str) -> list[Path]:
+    """Return the folders of the runs of this name, the last one first."""
     outdir = Path(outdir)
     own = [path for path in outdir.iterdir() if path.is_dir()] if outdir.is_dir() else []
     own = [path for path in own if re.fullmatch(r"\d{5,}-" + re.escape(name), path.name)]
-    return max(own, key=lambda path: int(path.name.split("-")[0]), default=None)
+    return sorted(own, key=lambda path: int(path.name.split("-")[0]), reverse=True)
 
 
 def _next_number(outdir: Path) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from training.run_log import RunLog
 from training.schedules import ScheduleValues, schedule_values
 from training.skipped_steps import PhaseRecord, SkippedSteps, describe_skip, diagnose
 from training.snapshots import save_networks
+from training.tick_clock import TickClock
 from training.train_config import TrainConfig
 from training.vico import LabelPool
 from training.volumetric_rendering.renderer import RendererChoice
@@ -226,7 +226,7 @@ class Trainer:
             self._save_reals()
         loader = BatchLoader(self.dataset, self.plan, loop.seed, progress.cur_nimg, loop.workers, self.device)
         with contextlib.closing(loader):
-            self.clock = TickClock(progress.cur_nimg)
+            self.clock = TickClock(progress.cur_nimg, end_nimg, self.device, self.elapsed_s)
             for batch in loader:
                 self.step(batch)
                 done = progress.cur_nimg >= end_nimg
@@ -251,9 +251,8 @@ class Trainer:
         loop, progress = self.config.loop, self.progress
         self._report_skips(self.skipped.flush())
         stats = self.stats.reduce()
-        timing = self.clock.end_training(progress.cur_nimg)
-        self.elapsed_s += timing["Timing/sec_per_tick"] + timing["Timing/maintenance_sec"]
-        self.log.tick(stats, {**self._scalars(loader), **timing, "Timing/total_sec": self.elapsed_s}, progress.cur_nimg)
+        timing = self.clock.tick(progress.cur_nimg)
+        self.log.tick(stats, {**self._scalars(loader), **timing}, progress.cur_nimg)
 
         def due(every: int | None) -> bool:
             return every is not None and (progress.cur_tick % every == 0 or done)
@@ -291,7 +290,7 @@ class Trainer:
     def _save_images(self) -> None:
         if distributed.is_main():
             for name, path in save_fakes(self.run_dir, self.G_ema, self.progress.cur_nimg, self.grid).items():
-                self.log.images(name, path)
+                self.log.images(name, path, self.progress.cur_nimg)
 
     def _save_snapshot(self) -> None:
         """Write G, D and G_ema with their configuration; density noise, a training schedule, stays out."""
@@ -322,7 +321,7 @@ class Trainer:
         if not distributed.is_main():
             return
         objects = self._state_objects(dataclasses.asdict(self.progress))
-        header = {"data": self.dataset.fingerprint, "elapsed_s": self.elapsed_s}
+        header = {"data": self.dataset.fingerprint, "elapsed_s": self.clock.elapsed_s}
         with distributed.long_task("saving the training state"):
             training_state.save_state(self.run_dir, self.progress.cur_nimg, objects, header)
             training_state.prune_states(self.run_dir, self.config.loop.keep_states)
@@ -345,26 +344,3 @@ class Trainer:
         self.progress = Progress(**progress)
         self.elapsed_s = header["elapsed_s"]
         self.log.line(f"going on at {self.progress.cur_nimg / 1000:g} kimg from {path}")
-
-
-class TickClock:
-    """Time of training and of what happens between ticks."""
-
-    def __init__(self, cur_nimg: int) -> None:
-        self._start_nimg, self._start_s, self._maintenance_s = cur_nimg, time.perf_counter(), 0.0
-
-    def end_training(self, cur_nimg: int) -> dict[str, float]:
-        """End the tick's training; return seconds per tick, per thousand images, and of the maintenance before it."""
-        duration_s = time.perf_counter() - self._start_s
-        kimg = max(cur_nimg - self._start_nimg, 1) / 1000
-        self._start_nimg, self._start_s = cur_nimg, time.perf_counter()
-        return {
-            "Timing/sec_per_tick": duration_s,
-            "Timing/sec_per_kimg": duration_s / kimg,
-            "Timing/maintenance_sec": self._maintenance_s,
-        }
-
-    def end_maintenance(self) -> None:
-        """End what happened after the tick."""
-        now = time.perf_counter()
-        self._maintenance_s, self._start_s = now - self._start_s, now

@@ -51,8 +51,25 @@ def state_path(run_dir: str | Path, cur_nimg: int) -> Path:
 def list_states(run_dir: str | Path) -> list[Path]:
     """Return the states of a run, the one with the most images first; they may be damaged."""
     run_dir = Path(run_dir)
-    paths = [path for path in run_dir.iterdir() if _STATE_NAME.fullmatch(path.name)] if run_dir.is_dir() else []
-    return sorted(paths, key=lambda path: int(_STATE_NAME.fullmatch(path.name)[1]), reverse=True)
+    paths = [path for path in run_dir.iterdir() if is_state(path)] if run_dir.is_dir() else []
+    return sorted(paths, key=state_nimg, reverse=True)
+
+
+def is_state(path: str | Path) -> bool:
+    """Return whether a file has the name of a training state."""
+    return _STATE_NAME.fullmatch(Path(path).name) is not None
+
+
+def state_nimg(path: str | Path) -> int:
+    """Return how many images a state was written after, by its name.
+
+    Raises:
+        ValueError: this is not the name of a state.
+    """
+    match = _STATE_NAME.fullmatch(Path(path).name)
+    if match is None:
+        raise ValueError(f"{path}: expected a training state, state-<images>.safetensors")
+    return int(match[1])
 
 
 def newest_state(run_dir: str | Path, report: Callable[[str], Any] = print) -> Path | None:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from training.run_folder import RunLock, find_run_dir, make_run_dir
+from training.run_folder import RunLock, find_run_dirs, make_run_dir
 
 LOCKED = """
 import sys
@@ -55,9 +55,9 @@ def test_find_run_dir_is_the_last_of_exactly_this_name(tmp_path):
     for name in ("00002-a", "00010-a", "00011-a-b", "00012-b"):
         (tmp_path / name).mkdir()
     (tmp_path / "00099-a").touch()
-    assert find_run_dir(tmp_path, "a") == tmp_path / "00010-a"
-    assert find_run_dir(tmp_path, "c") is None
-    assert find_run_dir(tmp_path / "absent", "a") is None
+    assert find_run_dirs(tmp_path, "a")[0] == tmp_path / "00010-a"
+    assert find_run_dirs(tmp_path, "c") == []
+    assert find_run_dirs(tmp_path / "absent", "a") == []
 
 
 def test_run_lock_keeps_other_processes_out_until_it_ends(tmp_path, repo_root):
