@@ -343,5 +343,5 @@ def adjust_p(p: torch.Tensor, mean_sign: torch.Tensor, target: float, num_images
     Returns:
         The new p, without a wait for the device: `pipe.p.copy_(adjust_p(pipe.p, ...))`.
     """
-    direction = (mean_sign - target).sign().nan_to_num(0.0).to(p)
+    direction = (mean_sign - target).sign().to(p)  # 0 where it is not a number
     return (p + direction * (num_images / (1000 * ada_kimg))).clamp(min=0)
