@@ -11,11 +11,11 @@ from typing import Protocol
 import imageio
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image
 
-from dnnlib.atomic import atomic_path, atomic_write
+from dnnlib.atomic import atomic_path
 from dnnlib.util import source_name
 from inference.loading import is_untrained
+from torch_utils.pictures import save_png as save_png
 from training.config import require
 
 VIDEO_FPS = 60
@@ -51,12 +51,6 @@ def prepare_outputs(paths: Iterable[Path], overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder}: expected a folder to write to, but it is read-only")
-
-
-def save_png(path: Path, image: np.ndarray) -> None:
-    """Write an image uint8 `[H, W, 3]`, completely or not at all."""
-    with atomic_write(path) as file:
-        Image.fromarray(image).save(file, format="png")
 
 
 class FrameWriter(Protocol):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import camera_utils
+from torch_utils.pictures import colors_to_uint8, depth_to_uint8, mask_to_uint8, parsing_to_uint8
 from training.config import NoiseMode, require
 from training.networks_stylegan2 import SynthesisOptions
 from training.triplane import RadianceField, TriPlaneGenerator
@@ -23,13 +24,6 @@ FRONT_DEG = 90.0  # of the published pose_cond, whose angles start at the +x sid
 STRIP_VERTICAL = math.pi / 2 - 0.2
 FULL_STRIP_YAW_RAD = tuple(-k * math.pi / 4 for k in range(5))  # front to back
 FRONTAL_STRIP_YAW_RAD = (0.4, 0.0, -0.4)  # EG3D, which knows faces only
-
-# Twenty colours that tell classes apart, the first (background) black.
-_PARSING_COLORS = (
-    "000000 d9a066 8f563b 663931 5b6ee1 306082 63c7b2 e0705c b5493a ffd700 f4b183 c0392b ff7f9f d95763 c2a27c 8a6f4e"
-    " 3f7f4f 4b2e1e 9b59b6 bdc3c7"
-)
-_PARSING_PALETTE = np.array([[int(c[i : i + 2], 16) for i in (0, 2, 4)] for c in _PARSING_COLORS.split()], np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,14 +215,5 @@ def to_uint8(output: dict[str, torch.Tensor], mode: ImageMode = "image") -> np.n
         ValueError: the generator makes no such image.
     """
     require(mode in output, "image mode", f"one of {', '.join(output)} for this network", mode)
-    image = output[mode].detach().float()
-    if mode == "image_parsing":
-        return _PARSING_PALETTE[image.argmax(dim=1).cpu().numpy() % len(_PARSING_PALETTE)]
-    if mode == "image_depth":
-        nearness = -image
-        low, high = nearness.amin(dim=(1, 2, 3), keepdim=True), nearness.amax(dim=(1, 2, 3), keepdim=True)
-        image = (nearness - low) / (high - low).clamp(min=1e-8) * 2 - 1
-    elif mode == "image_mask":
-        image = image * 2 - 1
-    pixels = (image * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    convert = {"image_depth": depth_to_uint8, "image_mask": mask_to_uint8, "image_parsing": parsing_to_uint8}
+    return convert.get(mode, colors_to_uint8)(output[mode])
