@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from camera_utils import TRAINING_FOCAL, camera_label, intrinsics_from_focal, look_at_pose
 from tests.helpers.published import fill_weights
@@ -19,6 +21,7 @@ from training.triplane import TriPlaneGenerator
 
 SIDE = 64
 _CLASSES = 3
+_filled: dict[str, tuple[TriPlaneGenerator, Discriminator]] = {}  # filling takes longer than copying
 
 
 def train_config(
@@ -62,13 +65,24 @@ def train_config(
     )
 
 
-def networks(config: TrainConfig, dtype: torch.dtype = torch.float32) -> tuple[TriPlaneGenerator, Discriminator]:
-    """Return both networks in training mode, with weights that depend on names alone."""
-    with torch.random.fork_rng(devices=[]):
-        G, D = TriPlaneGenerator.from_config(config.generator), Discriminator(config.discriminator)
-    for network in (G, D):
-        fill_weights(network)
-        network.to(dtype).train()
+def networks(
+    config: TrainConfig, dtype: torch.dtype = torch.float32, superresolution: bool = False
+) -> tuple[TriPlaneGenerator, Discriminator]:
+    """Return both networks in training mode, with weights that depend on names alone.
+
+    Super-resolution, which mixes no samples and draws nothing, takes most of the time; without it the raw image is
+    enlarged.
+    """
+    configs = (config.generator, config.discriminator)
+    key = repr(configs)
+    if key not in _filled:
+        with torch.random.fork_rng(devices=[]):
+            _filled[key] = TriPlaneGenerator.from_config(configs[0]), Discriminator(configs[1])
+        for network in _filled[key]:
+            fill_weights(network)
+    G, D = (copy.deepcopy(network).to(dtype).train() for network in _filled[key])
+    if not superresolution:
+        G.superresolution.forward = lambda raw, *_: (F.interpolate(raw, (SIDE, SIDE), mode="bilinear"), None)
     return G, D
 
 
