@@ -162,6 +162,25 @@ def test_disc_c_noise_adds_normal_numbers_in_batch_deviations(monkeypatch):
     torch.testing.assert_close(seen[0], c + 0.5 * noise * c.std(dim=0), **REORDERED)
 
 
+def test_disc_c_noise_has_the_deviation_of_the_group(monkeypatch):
+    discriminator, seen = build(disc_c_noise=0.5, mbstd_group_size=2), []
+    monkeypatch.setattr(
+        discriminator.mapping, "forward", lambda _z, c: seen.append(c) or torch.zeros(len(c), 8).double()
+    )
+    c = labels(6)
+    discriminator(images(6), c, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(6, 25, generator=torch.Generator().manual_seed(3))
+    for group in range(3):  # strided members
+        members = c[group::3]
+        expected = members + 0.5 * noise[group::3] * members.std(dim=0)
+        torch.testing.assert_close(seen[0][group::3], expected, **REORDERED)
+
+
+def test_disc_c_noise_of_groups_of_one_raises_value_error():
+    with pytest.raises(ValueError, match=r"discriminator\.disc_c_noise.*0\.5"):
+        build(disc_c_noise=0.5, mbstd_group_size=1)
+
+
 def test_disc_c_noise_of_a_single_sample_is_left_out():
     plain, noisy = build(), build(disc_c_noise=0.5)
     logits = noisy(images(1), labels(1))
@@ -173,6 +192,87 @@ def test_disc_c_noise_differs_between_calls_and_repeats_with_a_generator():
     assert not discriminator(images(), labels()).equal(discriminator(images(), labels()))
     seeded = [discriminator(images(), labels(), generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     assert seeded[0].equal(seeded[1])
+
+
+# Images and labels apart.
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_of_features_equal_forward(variant):
+    discriminator, inputs = build(variant), images()
+    features = discriminator.features(inputs)
+    assert discriminator.logits(features, labels()).equal(discriminator(inputs, labels()))
+    assert features.trunk.shape[2:] == (4, 4)
+
+
+def test_one_batch_of_features_serves_several_labels():
+    discriminator, inputs = build(), images()
+    features, others = discriminator.features(inputs), labels().roll(1, dims=0)
+    assert discriminator.logits(features, others).equal(discriminator(inputs, others))
+
+
+def test_features_without_labels_are_logits():
+    discriminator = build(c_dim=0)
+    features = discriminator.features(images())
+    assert discriminator.logits(features, None).equal(features.embedding)
+
+
+def test_groups_do_not_depend_on_the_rest_of_the_batch():
+    discriminator, inputs, c = build(mbstd_group_size=2), images(6), labels(6)
+    together = discriminator(inputs, c)
+    for group in range(3):
+        alone = discriminator({name: image[group::3] for name, image in inputs.items()}, c[group::3])
+        torch.testing.assert_close(alone, together[group::3], **REORDERED)
+
+
+# View-image consistency head.
+
+
+def test_head_leaves_other_initial_weights_and_logits_alone():
+    plain, with_head = build(), build(view_head_features=6)
+    own = with_head.state_dict()
+    assert all(own[name].equal(tensor) for name, tensor in plain.state_dict().items())
+    assert list(own)[: len(plain.state_dict())] == list(plain.state_dict())
+    assert {name.split(".")[0] for name in own.keys() - plain.state_dict().keys()} == {"view_head"}
+    assert with_head(images(), labels()).equal(plain(images(), labels()))
+
+
+def test_discriminator_without_head_has_no_consistency():
+    discriminator = build()
+    assert discriminator.view_head is None
+    with pytest.raises(ValueError, match="view_head_features above 0"):
+        discriminator.consistency(discriminator.features(images()), labels())
+
+
+def test_head_without_labels_raises_value_error():
+    with pytest.raises(ValueError, match=r"discriminator\.view_head_features.*4"):
+        build(c_dim=0, view_head_features=4)
+
+
+def test_consistency_is_a_scaled_cosine_for_each_sample():
+    discriminator = build(view_head_features=6)
+    head, features, c = discriminator.view_head, discriminator.features(images()), labels()
+    logits = discriminator.consistency(features, c)
+    cosine = torch.cosine_similarity(head.embed_image(features.trunk), head.embed_view(c), dim=1)
+    torch.testing.assert_close(logits, (4 * cosine)[:, None], rtol=1e-6, atol=1e-6)  # the scale is stored in float32
+    first = {name: image[:1] for name, image in images().items()}
+    alone = discriminator.consistency(discriminator.features(first), c[:1])
+    torch.testing.assert_close(alone, logits[:1], **REORDERED)
+
+
+def test_consistency_scale_is_bounded():
+    discriminator = build(view_head_features=6)
+    with torch.no_grad():
+        discriminator.view_head.log_scale.fill_(100.0)
+    logits = discriminator.consistency(discriminator.features(images()), labels())
+    assert logits.isfinite().all() and logits.abs().max() <= 30
+
+
+def test_consistency_depends_on_the_rotation_of_the_camera_alone():
+    discriminator, c = build(view_head_features=6), labels().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator.consistency(discriminator.features(images()), c).sum(), c)
+    used = gradient.abs().amax(dim=0).nonzero().flatten().tolist()
+    assert used == [0, 1, 2, 4, 5, 6, 8, 9, 10]
 
 
 # Fading of the raw image.
