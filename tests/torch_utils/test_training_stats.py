@@ -143,3 +143,16 @@ def test_two_processes_with_different_names_get_the_statistics_of_all_values(tmp
         "other": (1, 5.0, 0),
     }
     assert outputs == [f"{expected} 2\n"] * 2
+
+
+@pytest.mark.gpu
+def test_add_never_waits_for_the_gpu():
+    collector, values = Collector("cuda"), torch.ones(4, device="cuda")
+    collector.add("warm-up", values)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        collector.add("a", values * 2, mask=values)
+        collector.add("a", 5.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert collector.reduce()["a"] == Stat(5, 2.6, pytest.approx(1.2))

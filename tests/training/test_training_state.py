@@ -47,21 +47,21 @@ class Net(nn.Module):
         return (self.conv(x) * self.scale).square().mean()
 
 
-def make_objects(seed=0, channels_last=False, **adam):
+def make_objects(seed=0, channels_last=False, device="cpu", **adam):
     torch.manual_seed(seed)
-    net = Net()
+    net = Net().to(device)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.01, betas=(0.0, 0.99), **adam)
-    return {"G": net, "opt": optimizer, "stats": Collector(), "counters": {"ticks": 0}}
+    return {"G": net, "opt": optimizer, "stats": Collector(device), "counters": {"ticks": 0}}
 
 
 def train(objects, steps, first=0):
     for step in range(first, first + steps):
         torch.manual_seed(step)
         objects["opt"].zero_grad(set_to_none=True)
-        loss = objects["G"](torch.randn(2, 3, 8, 8))
+        loss = objects["G"](torch.randn(2, 3, 8, 8).to(objects["G"].scale.device))
         loss.backward()
         objects["opt"].step()
         objects["stats"].add("loss", loss)
@@ -82,7 +82,11 @@ def assert_same(objects, expected):
     (ours, our_counters), (theirs, their_counters) = contents(objects), contents(expected)
     assert ours.keys() == theirs.keys() and our_counters == their_counters
     for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype and ours[name].stride() == tensor.stride(), name
+        assert (
+            ours[name].device == tensor.device
+            and ours[name].dtype == tensor.dtype
+            and ours[name].stride() == tensor.stride()
+        ), name
         assert torch.equal(ours[name], tensor), name
 
 
@@ -108,6 +112,23 @@ def test_training_that_is_interrupted_ends_with_the_same_bits(tmp_path, adam, ch
     assert_same(second, first)
     train(second, 3, first=3)
     assert_same(second, straight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adam", [{"fused": True}, {"capturable": True}, {"foreach": True}])
+def test_state_goes_from_gpu_to_gpu_and_to_cpu_with_the_same_bits(tmp_path, adam):
+    first, second, on_cpu = (make_objects(device=device, **adam) for device in ("cuda", "cuda", "cpu"))
+    train(first, 3)
+    path = save_state(tmp_path, 96, first)
+    load_state(path, second)
+    load_state(path, on_cpu)
+    assert_same(second, first)
+    entries = on_cpu["opt"].state_dict()["state"]
+    for index, expected in first["opt"].state_dict()["state"].items():
+        assert all(torch.equal(entries[index][name], value.cpu()) for name, value in expected.items())
+    for objects in (first, second):
+        train(objects, 3, first=3)
+    assert_same(second, first)
 
 
 def test_load_state_of_an_optimizer_that_made_no_step_makes_it_new_again(tmp_path):
