@@ -72,15 +72,26 @@ class CheckReport:
         return pose_histogram(yaw, pitch)
 
     def contact_sheet(self, count: int = 32) -> Image.Image:
-        """Lay out usable images, spread evenly over the list sorted by yaw, or by path where there are no labels."""
-        order = np.argsort(self.angles_deg[:, 0], kind="stable") if self.has_labels else np.arange(len(self.usable))
-        spread = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
+        """Lay out usable images: with labels, as evenly spread over yaw as they are there; otherwise over the paths."""
         tiles = []
-        for position in order[spread]:
+        for position in _spread(self.angles_deg[:, 0] if self.has_labels else np.arange(len(self.usable)), count):
             yaw, pitch, _ = self.angles_deg[position]
             caption = f"yaw {yaw:.0f} pitch {pitch:.0f}" if self.has_labels else ""
             tiles.append(Tile(self.reader.read(int(self.usable[position])), caption))
         return contact_sheet(tiles, self.reader.has_masks, self.reader.has_parsing)
+
+
+def _spread(values: np.ndarray, count: int) -> list[int]:
+    """Return positions in `values` [N] that are as evenly spread over their range as possible, by ascending value."""
+    order = np.argsort(values, kind="stable")
+    if len(order) <= count:
+        return order.tolist()
+    left = order.tolist()
+    chosen = []
+    for wanted in np.linspace(values[order[0]], values[order[-1]], count):
+        nearest = int(np.abs(values[left] - wanted).argmin())
+        chosen.append(left.pop(nearest))
+    return sorted(chosen, key=lambda position: values[position])
 
 
 def _pose_summary(labels: np.ndarray, angles_deg: np.ndarray) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def pose_histogram(yaw_deg: np.ndarray, pitch_deg: np.ndarray) -> Image.Image:
     _axes(draw, width, height)
     _bars(draw, counts.sum(axis=1), (_LEFT, _TOP - 8), upwards=True)
     _bars(draw, counts.sum(axis=0)[::-1], (_LEFT + width + 8, _TOP), upwards=False)
-    title = f"{len(yaw_deg)} images; darkest cell: {int(counts.max(initial=0))}; yaw up, pitch to the right"
+    title = f"{len(yaw_deg)} images, at most {int(counts.max(initial=0))} in a cell of {_BIN_DEG} x {_BIN_DEG} degrees"
     draw.text((_LEFT, 12), title, _INK, _font(16))
     return sheet
 
@@ -80,6 +80,7 @@ def _axes(draw: ImageDraw.ImageDraw, width: int, height: int) -> None:
     draw.rectangle([_LEFT, _TOP, _LEFT + width, _TOP + height], outline=_INK)
     text = "yaw, degrees (0 in front of the face, 180 behind the head)"
     draw.text((_LEFT + width // 2, _TOP + height + 28), text, _INK, _font(14), anchor="ma")
+    draw.text((4, _TOP - 24), "pitch", _INK, _font(14))
 
 
 def _bars(draw: ImageDraw.ImageDraw, sums: np.ndarray, origin: tuple[int, int], upwards: bool) -> None:

@@ -83,7 +83,7 @@ class HeadDataset(torch.utils.data.Dataset):
         """Return the labels float64 [N, 25] of the reader's images, and which [M] of these can be used."""
         labels, defects = _read_labels(self.reader, self.config)
         for item, text in _probe(self.reader, [i for i in range(len(self.reader.items)) if i not in defects]):
-            defects[item] = text
+            defects.setdefault(item, text)
         found = [defects[item] for item in sorted(defects)]
         _refuse_unless_skipped(found, self.config.skip_bad)
         self.skipped += found

@@ -200,43 +200,60 @@ class HeadReader:
             BadImage: something cannot be used; the message names the file, what was expected and what came.
         """
         out = np.empty((self.num_channels, self.resolution, self.resolution), np.uint8)
-        out[:3] = self._decoded(item, "image", decode_image, self.resolution)
-        if self.has_masks:
-            out[3:4] = self._decoded(item, "mask", decode_mask, self.resolution)
-        if self.has_parsing:
-            parsing = self._decoded(item, "parsing", decode_parsing, self.resolution, self.parsing_classes)
-            out[-1:] = self._mirrored_classes[parsing] if mirror else parsing
+        for kind, channels in self._channels().items():
+            out[channels] = self._decoded(item, kind)
+        if mirror and self.has_parsing:
+            out[-1] = self._mirrored_classes[out[-1]]
         return np.ascontiguousarray(out[:, :, ::-1]) if mirror else out
+
+    def _channels(self) -> dict[str, slice]:
+        """Return which channels hold what, by kind of file."""
+        channels = {"image": slice(0, 3)}
+        if self.has_masks:
+            channels["mask"] = slice(3, 4)
+        if self.has_parsing:
+            channels["parsing"] = slice(self.num_channels - 1, self.num_channels)
+        return channels
 
     def __call__(self, task: list[tuple[int, bool]]) -> np.ndarray:
         """Read several images, `task` being arguments of `read`; returns uint8 [b, C, H, W]."""
         return np.stack([self.read(item, mirror) for item, mirror in task])
 
-    def _decoded(self, item: int, kind: str, decode: Callable[..., np.ndarray], *arguments: int) -> np.ndarray:
+    def _decoded(self, item: int, kind: str) -> np.ndarray:
         source, name = self._file(item, kind)
         try:
-            return decode(_patiently(source.read, name), *arguments)
+            data = _patiently(source.read, name)
+            if kind == "parsing":
+                return decode_parsing(data, self.resolution, self.parsing_classes)
+            return (decode_image if kind == "image" else decode_mask)(data, self.resolution)
         except BadImage as error:
             raise BadImage(f"{self.describe(item, kind)}: {error}") from None
 
-    def probe(self, item: int) -> str | None:
-        """Look for defects of an image that show without decoding it: type, size, and whether the end is there.
-
-        Returns:
-            The first defect as a message, or None.
-        """
-        for kind, check in (("image", _check_image), ("mask", _check_mask), ("parsing", _check_parsing)):
-            source, name = self._file(item, kind)
-            if source is None:
-                continue
+    def defects(self, item: int) -> list[str]:
+        """Return all defects of an image and of what belongs to it, as messages; everything is decoded."""
+        found = []
+        for kind in self._channels():
             try:
-                if not self._looks_whole(source, name, check):
-                    self.read(item)
+                self._decoded(item, kind)
             except BadImage as error:
-                text = str(error)
+                found.append(str(error))
+        return found
+
+    def probe(self, item: int) -> list[str]:
+        """Return the defects of an image that show without decoding it: type, size, and whether the end is there.
+
+        A file that looks unusual is decoded.
+        """
+        checks = {"image": _check_image, "mask": _check_mask, "parsing": _check_parsing}
+        found = []
+        for kind in self._channels():
+            try:
+                if not self._looks_whole(*self._file(item, kind), checks[kind]):
+                    self._decoded(item, kind)
+            except BadImage as error:
                 where = self.describe(item, kind)
-                return text if text.startswith(where) else f"{where}: {text}"
-        return None
+                found.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
+        return found
 
     def _looks_whole(
         self, source: FolderSource | ZipSource, name: str, check: Callable[[Image.Image, int], None]
@@ -285,14 +302,5 @@ class Probe:
     def __call__(self, task: tuple[int, int, bool]) -> list[tuple[int, str]]:
         """Return the defects in a range, see the class."""
         start, stop, decode = task
-        found = [(item, self._defect(item, decode)) for item in range(start, stop)]
-        return [(item, text) for item, text in found if text is not None]
-
-    def _defect(self, item: int, decode: bool) -> str | None:
-        if not decode:
-            return self._reader.probe(item)
-        try:
-            self._reader.read(item)
-        except BadImage as error:
-            return str(error)
-        return None
+        look = self._reader.defects if decode else self._reader.probe
+        return [(item, text) for item in range(start, stop) for text in look(item)]
