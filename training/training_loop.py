@@ -27,7 +27,7 @@ from training.augment import make_augment_pipe
 from training.batch_plan import BatchPlan
 from training.data_loader import BatchLoader
 from training.dataset import HeadDataset
-from training.image_grids import GridSpec, save_fakes, save_reals
+from training.image_grids import make_grid, save_fakes, save_reals
 from training.network_setup import build_networks, set_backends
 from training.phases import Chunk, Phase, PhaseRunner, make_phases, optimizer_settings, update_w_avg
 from training.run_log import RunLog
@@ -36,7 +36,7 @@ from training.skipped_steps import PhaseRecord, SkippedSteps, describe_skip, dia
 from training.snapshots import save_networks
 from training.tick_clock import TickClock
 from training.train_config import TrainConfig
-from training.vico import LabelPool
+from training.vico import LabelPool, draw_mismatched
 from training.volumetric_rendering.renderer import RendererChoice
 
 _INIT_STREAM, _STEP_STREAM = 0, 1  # of the seed: initial weights; training steps
@@ -124,14 +124,14 @@ class Trainer:
             name: torch.optim.Adam(network.parameters(), fused=True, **optimizer_settings(config, name))
             for name, network in (("G", self.G), ("D", self.D))
         }
-        self.vico_pool = LabelPool(self.labels, self.device) if config.vico.mode != "none" else None
+        self.label_pool = LabelPool(self.labels, self.device)
         self.stats = Collector(self.device)
         self.progress = Progress(cur_nimg=loop.start_nimg, tick_start_nimg=loop.start_nimg)
         self.elapsed_s = 0.0
         if request.state is not None:
             self._load_state(request.state)
         self.skipped = SkippedSteps(self.device, loop.max_skipped_steps, self.progress.skipped_steps)
-        self.grid = GridSpec()
+        self.grid = make_grid(self.dataset.resolution, self.device, self.dataset.labels)
 
     def _report_dataset(self) -> None:
         data = self.dataset
@@ -189,21 +189,19 @@ class Trainer:
 
     def _chunk(self, phase: Phase, data: Mapping[str, torch.Tensor]) -> Chunk:
         """Draw latents and cameras for a chunk of images, after the seed has been set."""
-        size, vico = len(data["label"]), self.config.vico
+        size = len(data["label"])
         z = torch.randn(size, self.G.z_dim, device=self.device)
         label = self.labels[torch.randint(len(self.labels), (size,), device=self.device)]
-        mismatched = mismatched_fake = None
-        if self.vico_pool is not None and phase.name in _D_MAIN:
-            mismatched = self.vico_pool.draw(data["label"], vico)
-            mismatched_fake = self.vico_pool.draw(label, vico)
+        mismatched = {}
+        if phase.name in _D_MAIN:
+            mismatched = draw_mismatched(self.label_pool, self.config.vico, data["label"], label)
         return Chunk(
             real={name: data[name] for name in _REAL_INPUTS if name in data},
             real_label=data["label"],
             z=z,
             label=label,
             num_groups=self.plan.num_groups,
-            mismatched=mismatched,
-            mismatched_fake=mismatched_fake,
+            **mismatched,
         )
 
     def _report_skips(self, records: Sequence[PhaseRecord]) -> None:

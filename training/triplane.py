@@ -31,7 +31,7 @@ from training.volumetric_rendering.decoder import OSGDecoder, widen_sigmoid_rang
 from training.volumetric_rendering.ray_sampler import RaySampler
 from training.volumetric_rendering.renderer import ImportanceRenderer
 
-_TRANSLATION_ENTRIES = (3, 7, 11)  # of the camera label
+_TRANSLATION_ENTRIES = slice(3, 12, 4)  # of the camera label
 
 
 class RadianceField:
