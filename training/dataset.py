@@ -307,3 +307,12 @@ def image_side(root: str) -> int:
         raise ValueError(f"{where}: {error}") from None
     require(width == height, where, "a square image", f"{width} x {height} pixels")
     return width
+
+
+def __getattr__(name: str) -> Any:
+    """Find the published classes, which build on this module."""
+    if name in ("ImageFolderDataset", "CameraLabeledDataset", "MaskLabeledDataset"):
+        from training import published_datasets
+
+        return getattr(published_datasets, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
