@@ -130,13 +130,11 @@ def _synthetic_data(options: Mapping[str, Any]) -> tuple[Path, SynthRequest] | N
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that options set, and those that follow from starting with trained networks."""
     fields = given_settings(options)
-    tells_camera = options["gen_pose_cond"]
-    if tells_camera is not None and options["gpc_reg_prob"] is None:
-        preset = train_preset(options["cfg"]).fields.get(
-            "loss.conditioning_swap_prob", LossConfig.conditioning_swap_prob
-        )
-        fields["loss.conditioning_swap_prob"] = (preset or LossConfig.conditioning_swap_prob) if tells_camera else None
-    start = options["resume_from"]
+    if options["gen_pose_cond"] is not None and options["gpc_reg_prob"] is None:
+        default = LossConfig.conditioning_swap_prob
+        preset = train_preset(options["cfg"]).fields.get("loss.conditioning_swap_prob", default)
+        fields["loss.conditioning_swap_prob"] = (preset or default) if options["gen_pose_cond"] else None
+    start = _start_network(options)
     fields |= {"resume_from": start, "loop.start_nimg": int(options["resume_kimg"] * 1000)}
     if start is not None:
         defaults = {"augment.ada_kimg": 100.0, "loop.ema_rampup": None}
@@ -163,12 +161,13 @@ def _names_network(resume: str) -> bool:
 def _train(config: TrainConfig, name: str, options: Mapping[str, Any]) -> None:
     """Train as one of the processes of a run."""
     device = distributed.resolve_device(options["device"])
+    tensorboard = options["tensorboard"]
     with distributed.session(device):
+        start = _load_start(config)
         synthetic = _synthetic_data(options)
         if synthetic is not None and distributed.is_main():
             _make_data(*synthetic)
         run = distributed.broadcast_object(_choose_run(config, name, options) if distributed.is_main() else None)
-        tensorboard = options["tensorboard"]
         with RunLog(
             run.run_dir,
             distributed.is_main(),
@@ -180,20 +179,24 @@ def _train(config: TrainConfig, name: str, options: Mapping[str, Any]) -> None:
                 versions = {"python": platform.python_version(), "torch": torch.__version__}
                 write_options(run.run_dir, config, sys.argv, versions)
             log.line(f"run folder: {run.run_dir}")
-            start = {}
-            if config.resume_from is not None and run.state is None:
-                with open_url(config.resume_from) as file:
-                    start = load_network_pkl(file)
-                log.line(f"starting from {config.resume_from}")
             request = TrainRequest(
                 config=config,
                 run_dir=run.run_dir,
                 device=device,
                 renderer=options["renderer"],
                 state=run.state,
-                start={network: start.get(network) for network in NETWORK_NAMES} if start else {},
+                start=start,
             )
             train(request, log)
+
+
+def _load_start(config: TrainConfig) -> dict[str, torch.nn.Module]:
+    """Load the networks that a run starts from; none without `--resume-from`."""
+    if config.resume_from is None:
+        return {}
+    with open_url(config.resume_from) as file:
+        networks = load_network_pkl(file)
+    return {name: networks[name] for name in NETWORK_NAMES if networks[name] is not None}
 
 
 def _choose_run(config: TrainConfig, name: str, options: Mapping[str, Any]) -> Run:

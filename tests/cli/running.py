@@ -17,6 +17,7 @@ import convert_checkpoint
 import gen_samples
 import gen_videos
 import gen_videos_interp
+import train
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 COMMANDS: dict[str, click.Command] = {
@@ -24,6 +25,7 @@ COMMANDS: dict[str, click.Command] = {
     "gen_videos.py": gen_videos.generate_videos,
     "gen_videos_interp.py": gen_videos_interp.generate_interpolations,
     "convert_checkpoint.py": convert_checkpoint.convert,
+    "train.py": train.train_command,
 }
 # click 8.1 joins the two streams unless told otherwise; later versions know no other way than apart.
 _SEPARATE = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
