@@ -1,5 +1,6 @@
 """The command for data sets."""
 
+import inspect
 import json
 import re
 import shlex
@@ -11,11 +12,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 import dataset_tool
-from tests.cli.running import _SEPARATE
 from tests.helpers.head_data import SIDE, HeadFiles, encoded, item_name, picture
 from training.dataset import HeadDataset
 from training.train_config import DataConfig
 
+# click 8.1 joins the two streams unless told otherwise; later versions know no other way than apart.
+_SEPARATE = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
 OWN = {"pack": dataset_tool.pack, "check": dataset_tool.check}
 
 
