@@ -6,6 +6,7 @@ because other tools would follow them.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -72,8 +73,12 @@ def open_source(path: str | os.PathLike, kind: str = "images") -> FolderSource |
         raise ValueError(f"{kind}: expected a folder or a zip file, came {path}, which is absent or neither")
     try:
         return ZipSource(path)
-    except (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, ValueError, OverflowError) as error:
         raise ValueError(f"{kind}: expected a folder or a zip file, came {path}: {error}") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a position before the start of the file
+            raise
+        raise ValueError(f"{kind}: expected a folder or a zip file, came {path}, which is damaged") from None
 
 
 def is_image_name(name: str) -> bool:
@@ -217,7 +222,7 @@ class ZipSource:
         if self._closer is None:
             self._closer = _Descriptor(self.path)
         file = self._closer.number
-        header = os.pread(file, _LOCAL_HEADER.size, offset)
+        header = os.pread(file, _LOCAL_HEADER.size, offset) if offset >= 0 else b""
         if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
             raise BadImage("damaged: the zip file has no member where its table of contents says so")
         name_size, extra_size = _LOCAL_HEADER.unpack(header)[-2:]

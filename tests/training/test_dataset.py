@@ -363,6 +363,26 @@ def test_truncated_zip_file_is_named(tmp_path, cut):
         HeadDataset(config)
 
 
+def test_randomly_damaged_zip_files_give_named_errors(tmp_path):
+    config = HeadFiles(4).write(tmp_path, zipped=True, method=zipfile.ZIP_DEFLATED, skip_bad=True)
+    path = tmp_path / "images.zip"
+    whole = path.read_bytes()
+    random = np.random.RandomState(0)
+    outcomes = set()
+    for _ in range(100):
+        data = bytearray(whole)
+        for _ in range(3):  # most of them in the table of contents
+            data[-1 - random.randint(random.choice([400, len(data)]))] = random.randint(256)
+        path.write_bytes(data)
+        try:
+            dataset = HeadDataset(config)
+            outcomes.add("whole" if len(dataset) == 4 else "parts")
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"whole", "parts", "refused"}
+
+
 def test_duplicate_member_is_refused(tmp_path):
     config = HeadFiles(3).write(tmp_path, zipped=True)
     with zipfile.ZipFile(config.images[0], "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
