@@ -60,6 +60,7 @@ _SYNTHETIC_RESOLUTION = 128
 @cli.option("--resume-from", metavar="NETWORK", help="Snapshot (published or own) from whose weights to start.")
 @cli.option("--resume-kimg", type=NOT_NEGATIVE, default=0, help="Where schedules start, with --resume-from.")
 @cli.bool_option("--resume-blur", default=False, help="Blur and swap from the start again, with --resume-from.")
+@cli.bool_option("--cond", default=True, help="Tell the networks cameras; data sets need labels in any case.")
 @cli.option("--desc", help="Added to the name of the run folder.")
 @setting_options
 @cli.renderer_option()
@@ -134,6 +135,9 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
         default = LossConfig.conditioning_swap_prob
         preset = train_preset(options["cfg"]).fields.get("loss.conditioning_swap_prob", default)
         fields["loss.conditioning_swap_prob"] = (preset or default) if options["gen_pose_cond"] else None
+    if not options["cond"]:
+        untold = {"generator.conditioning.zero": True, "discriminator.c_dim": 0, "loss.conditioning_swap_prob": None}
+        fields |= {**untold, "vico.mode": options["vico"] or "none"}
     start = _start_network(options)
     fields |= {"resume_from": start, "loop.start_nimg": int(options["resume_kimg"] * 1000)}
     if start is not None:

@@ -112,7 +112,7 @@ class Pass:
     def generator(self) -> None:
         """Adversarial loss of G, its pose offsets and consistency."""
         images, offsets, _ = self.generate()
-        inputs, label, _ = self.augmented(self.fake_inputs(images), self.seen(self.chunk.label))
+        inputs, label, _ = self.augmented(self.fake_inputs(images), self.chunk.label)
         features = self.D.features(inputs)
         logits = self.D.logits(features, label)
         self.report_logits("fake", logits)
@@ -157,7 +157,7 @@ class Pass:
         """Adversarial loss of D on generated images."""
         with torch.no_grad():
             images, _, self.result.w_mean = self.generate()
-        views = self.seen(self.chunk.label), self.chunk.mismatched_fake
+        views = self.chunk.label, self.chunk.mismatched_fake
         inputs, label, mismatched = self.augmented(self.fake_inputs(images), *views)
         features = self.D.features(inputs)
         logits = self.D.logits(features, label)
@@ -174,7 +174,7 @@ class Pass:
         penalised = {}
         if is_reg:
             penalised = {name: images[name].requires_grad_() for name in images if self.r1_gamma(name) > 0}
-        views = self.seen(self.chunk.real_label), self.chunk.mismatched
+        views = self.chunk.real_label, self.chunk.mismatched
         inputs, label, mismatched = self.augmented(images, *views)
         features = self.D.features(inputs)
         logits = self.D.logits(features, label)
@@ -196,7 +196,7 @@ class Pass:
     def generate(self) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor]:
         """Return images, camera offsets `[B, 3]` if there are any, and the mean `[w_dim]` of w."""
         G, chunk, config = self.G, self.chunk, self.config.loss
-        conditioning = loss.swap_conditioning(self.seen(chunk.label), self.values.swap_prob, chunk.num_groups)
+        conditioning = loss.swap_conditioning(chunk.label, self.values.swap_prob, chunk.num_groups)
         ws = G.mapping(chunk.z, conditioning)
         w_mean = ws.detach()[:, 0].mean(dim=0)
         ws = self.mix_styles(ws)
@@ -216,12 +216,12 @@ class Pass:
         cutoffs = loss.draw_mixing_cutoffs(
             ws.shape[1], self.config.loss.style_mixing_prob, self.chunk.num_groups, ws.device
         )
-        other = self.G.mapping(torch.randn_like(self.chunk.z), self.seen(self.chunk.label))
+        other = self.G.mapping(torch.randn_like(self.chunk.z), self.chunk.label)
         return loss.mix_styles(ws, other, cutoffs)
 
     def regulariser_latents(self) -> torch.Tensor:
         """Return the w-layers whose density is regularised; whole groups swap their conditioning."""
-        label, groups = self.seen(self.chunk.label), self.chunk.num_groups
+        label, groups = self.chunk.label, self.chunk.num_groups
         conditioning = loss.swap_conditioning_of_groups(label, self.values.swap_prob, groups)
         return self.mix_styles(self.G.mapping(self.chunk.z, conditioning))
 
@@ -276,10 +276,6 @@ class Pass:
         if mismatched is not None:
             mismatched = mismatched._replace(labels=mismatched.labels * signs)
         return pipe.apply_transforms(images, drawn), label * signs, mismatched
-
-    def seen(self, label: torch.Tensor) -> torch.Tensor:
-        """Return a label as the networks are conditioned on it: zeros in unconditional training."""
-        return label if self.config.data.conditional else torch.zeros_like(label)
 
     def r1_gamma(self, name: str) -> float:
         """Return the weight of the R1 penalty on one of D's inputs."""

@@ -42,7 +42,8 @@ class DataConfig:
     parsing_classes: int = 0
     """Classes of the parsing maps; indices are below it. 0 where there are no maps."""
     conditional: bool = True
-    """Whether camera labels are used; without them labels are zeros, and poses are not filtered."""
+    """Whether camera labels are read; without them labels are zeros, and poses are not filtered. Training needs them,
+    also where neither network is told them."""
     mirror: bool = False
     """Add the left-right flipped copy of every image, with the flipped camera."""
     min_yaw_deg: float = 0.0
@@ -279,9 +280,6 @@ class TrainConfig:
             "above 0 exactly where vico.mode has a head",
             self.discriminator.view_head_features,
         )
-        require(
-            self.vico.mode == "none" or self.data.conditional,
-            "vico.mode",
-            "'none' without camera labels",
-            self.vico.mode,
-        )
+        told = self.discriminator.c_dim > 0
+        require(self.vico.mode == "none" or told, "vico.mode", "'none' if D is not told cameras", self.vico.mode)
+        require(self.data.conditional, "data.conditional", "true: cameras are needed to render from", False)

@@ -46,7 +46,6 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     # data
-    Setting("--cond", "data.conditional", bool, "Train with camera labels."),
     Setting("--mirror", "data.mirror", bool, "Add left-right flipped images, with the cameras flipped too."),
     Setting("--min-yaw", "data.min_yaw_deg", NOT_NEGATIVE, "Leave out images with a smaller absolute yaw, degrees."),
     Setting("--max-yaw", "data.max_yaw_deg", NOT_NEGATIVE, "Leave out images with a larger absolute yaw, degrees."),

@@ -75,7 +75,7 @@ def test_train_dry_run_of_synthetic_data_needs_none(tmp_path):
 
 
 PUBLISHED_OPTIONS = [
-    ("--cond True", "data.conditional", True),
+    ("--cond False", "discriminator.c_dim", 0),
     ("--mirror 1", "data.mirror", True),
     ("--aug ada", "augment.mode", "ada"),
     ("--p 0.3", "augment.p", 0.3),

@@ -71,7 +71,8 @@ def test_make_train_config_parsing_maps_bring_their_head_and_discriminator():
         ({"losses.r1_gamma": 1.0}, r"setting: expected one of the sections .*, got 'losses.r1_gamma'"),
         ({"loss.r1_gamma": -1.0}, r"loss.r1_gamma: expected 0 or more, got -1"),
         ({"discriminator.view_head_features": 0}, r"view_head_features: expected above 0 exactly where"),
-        ({"data.conditional": False}, r"vico.mode: expected 'none' without camera labels"),
+        ({"discriminator.c_dim": 0}, r"vico.mode: expected 'none' if D is not told cameras"),
+        ({"data.conditional": False}, r"data.conditional: expected true"),
         ({"discriminator.variant": "HoloDiscriminator"}, r"HoloDiscriminator.*parsing"),
     ],
 )
