@@ -8,23 +8,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from torch_utils.pictures import classes_to_uint8
+
 _BIN_DEG = 5
 _CELL = 10  # pixels of a bin
 _LEFT, _TOP, _RIGHT, _BOTTOM = 60, 150, 150, 50  # margins of the histogram; bars at the top and the right
 _BAR = 90
 _INK, _GRID, _PAPER = (40, 40, 40), (225, 225, 225), (255, 255, 255)
 _RAMP = np.array([(237, 244, 252), (158, 202, 225), (66, 146, 198), (8, 81, 156), (8, 29, 88)], dtype=float)
-
-PARSING_COLOURS = np.array(
-    [
-        *[(0, 0, 0), (236, 188, 160), (120, 70, 20), (170, 110, 40), (30, 120, 220), (90, 180, 250), (90, 90, 90)],
-        *[(230, 120, 60), (250, 160, 90), (255, 215, 0), (205, 140, 110), (255, 255, 255), (200, 40, 60)],
-        *[(230, 80, 100), (190, 145, 120), (180, 180, 60), (60, 140, 90), (110, 50, 130), (0, 150, 160)],
-        *[(255, 0, 255)],
-    ],
-    dtype=np.uint8,
-)
-"""Colours [20, 3] of the classes of parsing maps; the last is that of all above."""
 
 
 def _font(size: int) -> ImageFont.ImageFont:
@@ -132,5 +123,5 @@ def _pictures(layers: np.ndarray, has_mask: bool, has_parsing: bool) -> list[np.
     if has_mask:
         pictures.append(layers[3][..., None].repeat(3, axis=-1))
     if has_parsing:
-        pictures.append(PARSING_COLOURS[np.minimum(layers[-1], len(PARSING_COLOURS) - 1)])
+        pictures.append(classes_to_uint8(layers[-1]))
     return [np.ascontiguousarray(picture) for picture in pictures]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from dataset_tools.check import check
-from dataset_tools.pictures import PARSING_COLOURS, pose_histogram
+from dataset_tools.pictures import pose_histogram
 from tests.helpers.head_data import SIDE, HeadFiles, encoded, item_name, picture
+from torch_utils.pictures import PARSING_PALETTE
 
 
 def run(config, **options):
@@ -84,8 +85,8 @@ def test_contact_sheet_shows_images_over_masks_over_classes_by_yaw(tmp_path):
         x = 4 + column * 132
         assert sheet[20 + 64, x + 10, 0] == number
         assert sheet[20 + 128 + 64, x + 10].tolist() == [255 - number] * 3
-        assert sheet[20 + 256 + 64, x + 10].tolist() == PARSING_COLOURS[2].tolist()
-        assert sheet[20 + 256 + 64, x + 120].tolist() == PARSING_COLOURS[17].tolist()
+        assert sheet[20 + 256 + 64, x + 10].tolist() == PARSING_PALETTE[2].tolist()
+        assert sheet[20 + 256 + 64, x + 120].tolist() == PARSING_PALETTE[17].tolist()
 
 
 def test_contact_sheet_shows_rare_views_from_behind(tmp_path):
