@@ -81,7 +81,7 @@ def measure(
     """
     measurements, results = {}, []
     for name, action in actions.items():
-        with _peak_memory(device) as memory, _TrafficCounter() as traffic, FlopCounterMode(display=False) as flops:
+        with peak_memory(device) as memory, _TrafficCounter() as traffic, FlopCounterMode(display=False) as flops:
             result, wall_s, cpu_s = _timed(action, device)
         measurements[name] = Measurement(
             seconds=[wall_s],
@@ -96,7 +96,7 @@ def measure(
     if max(measurement.seconds[0] for measurement in measurements.values()) > long_s:
         return measurements, difference
     for name, action in actions.items():
-        with _peak_memory(device) as memory:  # counting keeps some tensors alive longer
+        with peak_memory(device) as memory:  # counting keeps some tensors alive longer
             action()
         measurements[name] = dataclasses.replace(measurements[name], seconds=[], cpu_seconds=[], **memory)
         report()
@@ -140,7 +140,7 @@ class _TrafficCounter(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _peak_memory(device: torch.device) -> Iterator[dict[str, float | None]]:
+def peak_memory(device: torch.device) -> Iterator[dict[str, float | None]]:
     """Yield a dict that has `peak_mib` and `extra_mib` of `Measurement` when the block has ended.
 
     On Linux the kernel keeps the highest resident size of a process exactly, and lets it be reset. Memory that this
@@ -148,7 +148,7 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, float | None]]:
     """
     memory: dict[str, float | None] = {"peak_mib": None, "extra_mib": None}
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.resetpeak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield memory
         peak = torch.cuda.max_memory_allocated(device)
