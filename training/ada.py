@@ -40,7 +40,7 @@ class AdaptiveStrength(nn.Module):
         """Adjust the strength of a pipe after every fourth iteration, without waiting for the device."""
         if (iteration + 1) % ADA_INTERVAL:
             return
-        total, count = distributed.all_reduce_mean(self.signs)
+        total, count = distributed.all_reduce_mean(self.signs).clone()
         self.signs.zero_()
         num_images = self.batch_size * ADA_INTERVAL
         pipe.p.copy_(adjust_p(pipe.p, total / count, self.config.target, num_images, self.config.ada_kimg))
