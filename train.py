@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import sys
@@ -11,9 +12,9 @@ from typing import Any
 
 import click
 import torch
-from dataset_tools.synth import IMAGES, MASKS, SynthRequest, synthesise
 from tqdm import tqdm
 
+from dataset_tools.synth import IMAGES, MASKS, SynthRequest, synthesise
 from dnnlib import cli, serialize
 from dnnlib.extras import has_extra
 from dnnlib.util import open_url
@@ -210,9 +211,8 @@ def _choose_run(config: TrainConfig, name: str, options: Mapping[str, Any]) -> R
 
 def _make_data(folder: Path, request: SynthRequest) -> None:
     """Make the synthetic data set, unless it is there."""
-    total = request.num_identities * request.views_per_identity
-    with tqdm(total=total, desc="synthetic heads", unit="image", leave=False) as bar:
-        synthesise(folder, request, lambda done: bar.update(done - bar.n))
+    with tqdm(total=request.num_images, desc="synthetic heads", unit="img", leave=False) as bar:
+        synthesise(folder, request, lambda done, total: bar.update(done - bar.n), workers=os.cpu_count() or 1)
 
 
 if __name__ == "__main__":
