@@ -94,7 +94,7 @@ TRAIN_PRESETS = {
             "discriminator.channel_max": 128,
             "loss.r1_gamma": 0.2,
             "loss.r1_gamma_mask": 0.2,
-            "loss.blur_fade_kimg": 40.0,
+            "loss.blur_fade_kimg": 16.0,
             "loop.batch_size": 8,
             "loop.tick_kimg": 0.5,
             "loop.image_ticks": 5,
