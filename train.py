@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -211,8 +212,15 @@ def _choose_run(config: TrainConfig, name: str, options: Mapping[str, Any]) -> R
 
 def _make_data(folder: Path, request: SynthRequest) -> None:
     """Make the synthetic data set, unless it is there."""
-    with tqdm(total=request.num_images, desc="synthetic heads", unit="img", leave=False) as bar:
-        synthesise(folder, request, lambda done, total: bar.update(done - bar.n), workers=os.cpu_count() or 1)
+    with contextlib.ExitStack() as stack:
+        bars: list[tqdm] = []  # none is shown where there is nothing to do
+
+        def show(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(tqdm(total=total, initial=done, desc="synthetic heads", unit="img")))
+            bars[0].update(done - bars[0].n)
+
+        synthesise(folder, request, show, workers=os.cpu_count() or 1)
 
 
 if __name__ == "__main__":

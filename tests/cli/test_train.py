@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_train_resume_from_changes_schedules_as_published(data, tmp_path):
 )
 def test_train_impossible_setting_is_one_line(data, tmp_path, arguments, message):
     line = fail("train.py", *command(data, tmp_path, *arguments))
-    assert __import__("re").search(message, line), line
+    assert re.search(message, line), line
 
 
 def test_train_absent_data_is_named(tmp_path):
@@ -227,31 +228,32 @@ def test_train_preemption_saves_and_ends_with_code_0(data, tmp_path, name):
     assert len(list_states(only_run(tmp_path))) == 1
 
 
-def kill_until_complete(data: Path, outdir: Path, kills: int, seed: int) -> int:
-    """Run a command again and again, killing it at random moments; return how often it was killed."""
-    arguments = ["train.py", *command(data, outdir, "--kimg", 0.04, "--tick", 0.004, "--resume", "auto")]
+def log_lines(outdir: Path) -> int:
+    return sum(len(path.read_bytes().splitlines()) for path in outdir.glob("*/log.txt"))
+
+
+def kill_until_complete(data: Path, outdir: Path, kills: int, seed: int) -> None:
+    """Run a command again and again, killing it at a random moment soon after it has begun to train."""
+    arguments = ["train.py", *command(data, outdir, "--kimg", 0.06, "--tick", 0.004, "--resume", "auto")]
     random_s, killed = random.Random(seed), 0
     while True:
         process = start(arguments)
-        if killed < kills:
-            wait_for(lambda: list(outdir.glob("*/log.txt")), process)
-            seen = len(list(outdir.glob("*/log.txt"))[0].read_text().splitlines())
-            lines = lambda: len(list(outdir.glob("*/log.txt"))[0].read_text().splitlines())  # noqa: E731
-            wait_for(lambda: lines() > seen or process.poll() is not None, process)  # noqa: B023
-            time.sleep(random_s.uniform(0, 1.0))
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            killed += 1
-        else:
+        if killed == kills:
             finish(process)
-            return killed
+            return
+        before = log_lines(outdir)
+        wait_for(lambda: log_lines(outdir) > before + 2, process)  # noqa: B023 (called at once)
+        time.sleep(random_s.uniform(0, 0.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        killed += 1
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory) -> Path:
-    """Return the folder of a run of 40 images."""
+    """Return the folder of a run of 60 images."""
     outdir = tmp_path_factory.mktemp("uninterrupted")
-    finish(start(["train.py", *command(data, outdir, "--kimg", 0.04, "--tick", 0.004)]))
+    finish(start(["train.py", *command(data, outdir, "--kimg", 0.06, "--tick", 0.004)]))
     return only_run(outdir)
 
 
