@@ -155,10 +155,19 @@ def _is_there(dest_dir: Path, paths: dict[str, Path], description: str) -> bool:
     if came == description and len(there) == len(paths):
         return True
     if came is not None and came != description:
-        raise ValueError(f"{dest_dir}: expected an empty folder or the set {description}, came the set {came}")
+        raise ValueError(f"{dest_dir}: holds another set ({_difference(description, came)}); expected a new folder")
     if there and not journal_path(paths[IMAGES]).exists():
         raise ValueError(f"{dest_dir}: expected a folder without {there[0]}, came one that is in use")
     return False
+
+
+def _difference(expected: str, came: str) -> str:
+    """Name the settings in which two descriptions differ."""
+    try:
+        ours, theirs = json.loads(expected), dict(json.loads(came))
+    except (ValueError, TypeError):
+        return f"{DESCRIPTION} cannot be read"
+    return ", ".join(f"{key} {theirs.get(key)} instead of {ours[key]}" for key in ours if ours[key] != theirs.get(key))
 
 
 def _write(
