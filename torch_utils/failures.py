@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 REPORT_VARIABLE = "SPHEREHEAD_ERROR_FILE"  # where torch_utils.launch wants to find a rank's error
+INTERRUPTED = "interrupted"
 _LOST_CONNECTION = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 
 
@@ -24,7 +24,6 @@ class FailureReport:
     rank: int
     text: str
     """One line."""
-    traceback: str = ""
     is_secondary: bool = False
     """Whether it only failed because another rank had failed before."""
 
@@ -34,7 +33,7 @@ def describe(error: BaseException | None) -> str:
     if error is None:
         return "the process ended before training did"
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return INTERRUPTED
     if isinstance(error, SystemExit):
         return f"exit with status {error.code!r}"
     text = error.format_message() if hasattr(error, "format_message") else str(error)  # the former are click's
@@ -42,6 +41,13 @@ def describe(error: BaseException | None) -> str:
     if hasattr(error, "format_message") or isinstance(error, PeerFailedError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_clean_exit(error: BaseException) -> bool:
+    """Return whether an exception ends the process with status 0: `sys.exit(0)`, or click's way to do so."""
+    if isinstance(error, SystemExit):
+        return error.code in (None, 0)
+    return getattr(error, "exit_code", None) == 0
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -55,10 +61,8 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def report(error: BaseException, rank: int, *, is_secondary: bool) -> None:
     """Leave an error for the launcher, if there is one that asks for it: ours, or torchrun."""
-    path = os.environ.get(REPORT_VARIABLE)
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    if path:
-        report_text(describe(error), rank, is_secondary=is_secondary, trace=text)
+    if os.environ.get(REPORT_VARIABLE):
+        report_text(describe(error), rank, is_secondary=is_secondary)
     elif os.environ.get("TORCHELASTIC_ERROR_FILE") and not is_secondary and isinstance(error, Exception):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -66,12 +70,12 @@ def report(error: BaseException, rank: int, *, is_secondary: bool) -> None:
             get_error_handler().record_exception(error)
 
 
-def report_text(text: str, rank: int, *, is_secondary: bool, trace: str = "") -> None:
+def report_text(text: str, rank: int, *, is_secondary: bool) -> None:
     """Leave a line for the launcher; the first one stays."""
     path = os.environ.get(REPORT_VARIABLE)
     if not path or os.path.exists(path):
         return
-    content = json.dumps(asdict(FailureReport(rank=rank, text=text, traceback=trace, is_secondary=is_secondary)))
+    content = json.dumps(asdict(FailureReport(rank=rank, text=text, is_secondary=is_secondary)))
     with contextlib.suppress(OSError):  # a full disk must not hide the error itself
         Path(path + ".tmp").write_text(content, encoding="utf-8")
         os.replace(path + ".tmp", path)

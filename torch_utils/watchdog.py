@@ -31,6 +31,7 @@ from torch_utils.motion import Motion
 
 _BEATS_PER_TIMEOUT = 20
 _SAMPLES_PER_BEAT = 8
+_MIN_BEAT_S, _MIN_SAMPLE_S = 0.25, 0.1  # more often, and the watchdog itself would look like work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Watchdog:
         self._address, self._rank, self._ranks = f"{host}:{port}", rank, ranks
         self._counts_cpu = device_type == "cpu"
         self._timeout_s = self._silence_s = peer_timeout_s
-        self._beat_s = peer_timeout_s / _BEATS_PER_TIMEOUT
+        self._beat_s = max(peer_timeout_s / _BEATS_PER_TIMEOUT, _MIN_BEAT_S)
         self._looks_at_all = rank == 0
         store = dist.TCPStore(
             *(host, port, None, False), timeout=datetime.timedelta(seconds=300), wait_for_workers=False
@@ -146,7 +147,7 @@ class Watchdog:
     # The threads ------------------------------------------------------------------------------------------------------
 
     def _watch_itself(self) -> None:
-        interval_s = self._beat_s / _SAMPLES_PER_BEAT
+        interval_s = max(self._beat_s / _SAMPLES_PER_BEAT, _MIN_SAMPLE_S)
         turn, samples = 0, 0
         while not self._stop.wait(interval_s):
             self._motion.sample(interval_s)
