@@ -10,6 +10,7 @@ from torch import nn
 
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.conv2d_resample import conv2d_resample
+from torch_utils.ops.conv3x3 import conv3x3
 from torch_utils.ops.upfirdn2d import setup_filter
 
 RESAMPLE_TAPS = (1, 3, 3, 1)
@@ -87,6 +88,9 @@ class Conv2dLayer(nn.Module):
     def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
         """Map `[B, in, H, W]` to `[B, out, H * up / down, W * up / down]`; `gain` scales result and clamp."""
         weight = (self.weight * self.weight_gain).to(x.dtype)
-        x = conv2d_resample(x, weight, self.resample_filter, up=self.up, down=self.down, padding=self.padding)
+        if self.up == self.down == self.padding == 1:
+            x = conv3x3(x, weight)
+        else:
+            x = conv2d_resample(x, weight, self.resample_filter, up=self.up, down=self.down, padding=self.padding)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         return bias_act(x, self.bias, self.activation, gain=gain, clamp=clamp, inplace=True)

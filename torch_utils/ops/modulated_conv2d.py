@@ -9,6 +9,7 @@ import torch
 from torch_utils.ops import conv2d_native
 from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.conv2d_resample import conv2d_resample
+from torch_utils.ops.conv3x3 import conv3x3
 from torch_utils.ops.upsample_bias import upsample_bias
 
 _NORM_EPS = 1e-8
@@ -160,7 +161,10 @@ def modulated_conv2d(
             x = x.reshape(batch, -1, *x.shape[2:])
     else:
         x = x * styles.to(x.dtype)[:, :, None, None]
-        x = conv2d_resample(x, weight.to(x.dtype), fir, up=up, padding=padding)
+        if up == 1 and kernel_size == 3:
+            x = conv3x3(x, weight.to(x.dtype))
+        else:
+            x = conv2d_resample(x, weight.to(x.dtype), fir, up=up, padding=padding)
         if scale is not None:
             x = x * scale.to(x.dtype)[:, :, None, None]
     return x if noise is None else add_owned(x, noise.to(x.dtype))
