@@ -79,6 +79,35 @@ def test_bias_act_nan_passes_through():
     assert bias_act(torch.tensor([[float("nan")]]), activation="lrelu", clamp=1.0).isnan().all()
 
 
+@pytest.mark.parametrize("activation", ["lrelu", "linear"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_bias_act_gradients_equal_those_of_plain_operations(activation, with_bias, inplace):
+    def gradients(function):
+        x = features().requires_grad_()
+        bias = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        out = function(x * 1, bias if with_bias else None)  # not a leaf: may be overwritten
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        inputs = [x, bias] if with_bias else [x]
+        return out, first, *torch.autograd.grad(first.pow(3).sum(), inputs)
+
+    def plain(x, bias):
+        x = x if bias is None else x + bias[:, None, None]
+        return (ACTIVATIONS[activation].function(x) * ACTIVATIONS[activation].default_gain * 0.5).clamp(-0.6, 0.6)
+
+    ours = gradients(lambda x, bias: bias_act(x, bias, activation, gain=0.5, clamp=0.6, inplace=inplace))
+    torch.testing.assert_close(ours, gradients(plain), **ROUNDING)
+
+
+def test_bias_act_in_place_overwrites_only_what_was_computed():
+    leaf = features().requires_grad_()
+    computed, whole = leaf * 1, leaf * 1
+    part = whole[:, :2]
+    assert bias_act(computed, None, "lrelu", inplace=True).data_ptr() == computed.data_ptr()
+    for x in (leaf, part):
+        assert bias_act(x, None, "lrelu", inplace=True).data_ptr() != x.data_ptr()
+
+
 @pytest.mark.parametrize("activation", ["lrelu", "swish", "sigmoid"])
 def test_bias_act_gradients_of_both_orders_are_right(activation):
     x = features().requires_grad_()
