@@ -8,6 +8,7 @@ import click
 import pytest
 
 from tests.cli.running import COMMANDS, succeed
+from tests.helpers.head_data import encoded, picture, write_files
 
 GENERATORS = ["gen_samples.py", "gen_videos.py", "gen_videos_interp.py"]
 
@@ -178,10 +179,16 @@ def test_example_parses(script, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)
     launcher, arguments = words[: words.index(script)], words[words.index(script) + 1 :]
-    assert launcher in (["python"], ["torchrun", "--nproc-per-node", "8"])
+    several_nodes = ["torchrun", "--nnodes", "2", "--nproc-per-node", "8"]
+    assert launcher in (["python"], ["torchrun", "--nproc-per-node", "8"], several_nodes)
+    if script == "train.py":
+        monkeypatch.setenv("WORLD_SIZE", "16" if launcher == several_nodes else "1")
+        for name in ("imgs.zip", "masks.zip"):
+            write_files(tmp_path / name, {"a.png": encoded(picture(0, 512))})
+    before = sorted(tmp_path.iterdir())
     if script == "convert_checkpoint.py":
         parse(script, *arguments)
     else:
         plan = json.loads(succeed(script, *arguments, "--dry-run").stdout)
-        assert plan["network"] in ("spherehead.pkl", "init:debug")
-    assert not list(tmp_path.iterdir())
+        assert script == "train.py" or plan["network"] in ("spherehead.pkl", "init:debug")
+    assert sorted(tmp_path.iterdir()) == before
