@@ -24,6 +24,7 @@ from torch_utils import distributed
 from torch_utils.launch import launch
 from training.config import require
 from training.dataset import image_side
+from training.network_setup import keep_habits
 from training.run_log import RunLog
 from training.run_options import Run, choose_run, run_name, write_options
 from training.snapshots import NETWORK_NAMES
@@ -170,6 +171,7 @@ def _train(config: TrainConfig, name: str, options: Mapping[str, Any]) -> None:
     tensorboard = options["tensorboard"]
     with distributed.session(device):
         start = _load_start(config)
+        config = keep_habits(config, start)
         synthetic = _synthetic_data(options)
         if synthetic is not None and distributed.is_main():
             _make_data(*synthetic)

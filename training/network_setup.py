@@ -12,6 +12,7 @@ from torch import nn
 from torch_utils.misc import copy_params_and_buffers
 from training.dual_discriminator import Discriminator
 from training.train_config import PrecisionConfig, TrainConfig
+from training.train_presets import replace_fields
 from training.triplane import TriPlaneGenerator
 from training.volumetric_rendering.renderer import RendererChoice
 
@@ -22,6 +23,22 @@ class TrainingNetworks(NamedTuple):
     G: TriPlaneGenerator
     D: Discriminator
     G_ema: TriPlaneGenerator
+
+
+# Settings that published weights were trained with; see docs/differences.md, "Quirks kept".
+_HABITS = ("rendering.depth_clamp", "rendering.auto_range_of_misses", "superresolution.first_rgb_replaces_raw")
+
+
+def keep_habits(config: TrainConfig, start: Mapping[str, nn.Module | None]) -> TrainConfig:
+    """Return a configuration whose generator has the published quirks of the network that a run starts from."""
+    source = start.get("G_ema") or start.get("G")
+    if source is None:
+        return config
+    habits = {}
+    for path in _HABITS:
+        section, name = path.split(".")
+        habits[f"generator.{path}"] = getattr(getattr(source.config, section), name)
+    return replace_fields(config, habits)
 
 
 def build_networks(
@@ -66,8 +83,9 @@ def _copy_matching(source: nn.Module | None, target: nn.Module) -> str:
     if source is None:
         return "not in the snapshot, starts from random weights"
     copy_params_and_buffers(source, target)
-    own = target.state_dict()
-    return f"{len(own.keys() & source.state_dict().keys())} of {len(own)} tensors taken from the snapshot"
+    own, theirs = target.state_dict().keys(), source.state_dict().keys()
+    unused = f", {len(theirs - own)} others not used" if theirs - own else ""
+    return f"{len(own & theirs)} of {len(own)} tensors taken from the snapshot{unused}"
 
 
 def _prepare(networks: TrainingNetworks, precision: PrecisionConfig) -> None:

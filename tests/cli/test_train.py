@@ -209,6 +209,20 @@ def test_train_other_configuration_begins_another_run(data, tmp_path):
     assert "loop.seed: 0 instead of 5" in line
 
 
+@pytest.mark.shared
+def test_train_starts_from_a_published_pickle_and_keeps_its_quirks(shared_dir, tmp_path):
+    HeadFiles(8, side=128).write(tmp_path, zipped=True)
+    shape = ["--cbase", 1024, "--cmax", 32, "--triplane-size", 64, "--pose-offset", "true", "--vico", "none"]
+    pickled = shared_dir / "golden" / "spherehead_128.pkl"
+    result = succeed("train.py", *command(tmp_path, tmp_path / "runs", "--kimg", 0.004, *shape, "--resume", pickled))
+    assert "G_ema: 247 of 247 tensors taken from the snapshot" in result.stdout
+    assert "D: 74 of 74 tensors taken" in result.stdout
+    run = only_run(tmp_path / "runs")
+    config = json.loads((run / "options.json").read_text())["config"]["generator"]
+    assert config["rendering"]["depth_clamp"] == "batch"
+    assert config["superresolution"]["first_rgb_replaces_raw"]
+
+
 def wait_for(condition, process, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
