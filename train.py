@@ -107,6 +107,7 @@ def _data_config(options: Mapping[str, Any]) -> DataConfig:
     if synthetic is not None:
         folder, request = synthetic
         return DataConfig(images=(str(folder / IMAGES),), masks=(str(folder / MASKS),), resolution=request.resolution)
+    require(options["resolution"] is None, "--resolution", "none without --data synth", options["resolution"])
     return DataConfig(
         images=images,
         masks=masks,
@@ -142,6 +143,7 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
         untold = {"generator.conditioning.zero": True, "discriminator.c_dim": 0, "loss.conditioning_swap_prob": None}
         fields |= {**untold, "vico.mode": options["vico"] or "none"}
     start = _start_network(options)
+    require(start is not None or not options["resume_blur"], "--resume-blur", "a network to start from", None)
     fields |= {"resume_from": start, "loop.start_nimg": int(options["resume_kimg"] * 1000)}
     if start is not None:
         defaults = {"augment.ada_kimg": 100.0, "loop.ema_rampup": None}

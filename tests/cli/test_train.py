@@ -169,6 +169,10 @@ def test_train_resume_from_changes_schedules_as_published(data, tmp_path):
         (["--ray-start", "auto", "--ray-end", 3], r"both numbers or both 'auto'"),
         (["--min-yaw", 179.9], r"at least one of 12 images within yaw 179.9 to 180"),
         (["--device", "cuda:7"], r"device: expected"),
+        (["--resolution", 64], r"--resolution: expected none without --data synth, got 64"),
+        (["--resume-blur"], r"--resume-blur: expected a network to start from"),
+        (["--data", "synth"], r"--data synth: expected no other data"),
+        (["--resume-from", __file__], r"test_train.py"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
