@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from torch_utils.failures import PeerFailedError, is_clean_exit, is_lost_connection, report
+from torch_utils.failures import PeerFailedError, give_way, is_clean_exit, is_lost_connection, report
 from torch_utils.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ _watchdog: Watchdog | None = None
 
 def _env_int(name: str, default: int | None, low: int, high: int, expected: str) -> int:
     text = os.environ.get(name, "" if default is None else str(default))
-    if not (text.isascii() and text.isdecimal() and low <= int(text[:20]) <= high):
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
         raise ValueError(f"{name}: expected {expected}, came {text!r}")
     return int(text)
 
@@ -219,13 +219,14 @@ def _connect(host: str, port: int, timeout: datetime.timedelta) -> dist.Store:
 def shutdown() -> None:
     """Wait until all ranks have come here, and leave the process group; nothing without one."""
     global _watchdog
-    atexit.unregister(_at_exit)
     if dist.is_initialized():
         barrier()
         if _watchdog is not None:
-            _watchdog.finish()
-            _watchdog = None
+            _watchdog.halt()
+        barrier()  # rank 0 may host what the watchdogs of others still read
+        _watchdog = None
         dist.destroy_process_group()
+    atexit.unregister(_at_exit)
 
 
 def _leave_after(error: BaseException) -> BaseException | None:
@@ -241,6 +242,8 @@ def _leave_after(error: BaseException) -> BaseException | None:
         report(cause or error, rank(), is_secondary=cause is not None or is_lost_connection(error))
     if watchdog is not None:
         watchdog.fail(error)
+    if cause is not None:
+        give_way()
     return cause
 
 

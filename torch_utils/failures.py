@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 REPORT_VARIABLE = "SPHEREHEAD_ERROR_FILE"  # where torch_utils.launch wants to find a rank's error
 INTERRUPTED = "interrupted"
+_HEAD_START_S = 2.0  # torchrun compares whole seconds
 _LOST_CONNECTION = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 
 
@@ -79,6 +81,12 @@ def report_text(text: str, rank: int, *, is_secondary: bool) -> None:
     with contextlib.suppress(OSError):  # a full disk must not hide the error itself
         Path(path + ".tmp").write_text(content, encoding="utf-8")
         os.replace(path + ".tmp", path)
+
+
+def give_way() -> None:
+    """Wait a moment before ending because of another rank's error; torchrun blames the rank that it sees end first."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(_HEAD_START_S)
 
 
 def read_report(path: Path) -> FailureReport | None:

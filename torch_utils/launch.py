@@ -160,16 +160,17 @@ def _forwarding(workers: list[_Worker]) -> Iterator[list[signal.Signals]]:
 
     def forward(number: int, frame: FrameType | None) -> None:
         is_repeated_interrupt = number == signal.SIGINT and signal.SIGINT in came
-        came.append(signal.Signals(number))
+        passed_on = signal.SIGKILL if is_repeated_interrupt else signal.Signals(number)
+        came.append(passed_on)
         for worker in workers:
-            if worker.process.returncode is None:
-                worker.process.send_signal(signal.SIGKILL if is_repeated_interrupt else number)
+            worker.process.send_signal(passed_on)
 
     before = {}
     try:
         for name in FORWARDED:
-            if hasattr(signal, name):
-                number = getattr(signal, name)
+            number = getattr(signal, name, None)
+            # One that is ignored stays so, here and in the ranks: nohup does that.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, forward)
         yield came
     finally:
@@ -197,6 +198,9 @@ def _supervise(workers: list[_Worker], forwarded: list[signal.Signals], *, keeps
         raise WorkerFailedError(f"stopped by {forwarded[0].name}: rank {culprit.rank} ended before it could save")
     if tail:
         print("\n".join(f"[rank {culprit.rank}] {line}" for line in tail), file=sys.stderr, flush=True)
+    report = culprit.report()
+    if report is not None and report.is_secondary:  # it names the rank at fault, which left nothing itself
+        raise WorkerFailedError(text)
     where = f"; see {culprit.log}" if keeps_logs and culprit.log else ""
     raise WorkerFailedError(f"rank {culprit.rank} of {len(workers)} failed: {text}{where}")
 

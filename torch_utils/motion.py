@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 _MOVING_SHARE = 0.02  # of one core; more is computing
-_FOREIGN = (sysconfig.get_path("stdlib"), os.path.dirname(torch.__file__), "<frozen")
+_HERE = os.path.dirname(__file__)
+_SUPERVISION = tuple(os.path.join(_HERE, f"{name}.py") for name in ("motion", "watchdog", "distributed", "gradients"))
+_FOREIGN = (sysconfig.get_path("stdlib"), os.path.dirname(torch.__file__), "<frozen", *_SUPERVISION)
 _COLLECTIVES = os.path.dirname(dist.__file__)
 
 
@@ -111,7 +113,7 @@ def _places(frame: FrameType | None) -> tuple[tuple[int, int], ...]:
 
 
 def _own_place(frame: FrameType | None) -> str:
-    """Return the innermost place that is neither in Python's library nor in PyTorch."""
+    """Return the innermost place that is neither in Python's library, nor in PyTorch, nor in what supervises."""
     places = list(_stack(frame))
     own = [place for place in places if not place.f_code.co_filename.startswith(_FOREIGN)]
     for place in own or places:

@@ -21,12 +21,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from torch_utils.failures import REPORT_VARIABLE, describe, report_text
+from torch_utils.failures import REPORT_VARIABLE, describe, give_way, report_text
 from torch_utils.motion import Motion
 
 _BEATS_PER_TIMEOUT = 20
@@ -62,18 +62,17 @@ class Watchdog:
     def __init__(self, host: str, port: int, rank: int, ranks: int, device_type: str, peer_timeout_s: float) -> None:
         self._address, self._rank, self._ranks = f"{host}:{port}", rank, ranks
         self._counts_cpu = device_type == "cpu"
-        self._timeout_s = self._silence_s = peer_timeout_s
+        self._timeout_s = peer_timeout_s
         self._beat_s = max(peer_timeout_s / _BEATS_PER_TIMEOUT, _MIN_BEAT_S)
-        self._looks_at_all = rank == 0
         store = dist.TCPStore(
             *(host, port, None, False), timeout=datetime.timedelta(seconds=300), wait_for_workers=False
         )  # a connection of its own: another one may be blocked
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self._store = dist.PrefixStore(f"watchdog/attempt{attempt}", store)
         self._motion = Motion(self._counts_cpu, peer_timeout_s / 2)
-        self._number, self._turns, self._task = 0, 0, ""
+        self._number, self._task = 0, ""
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> number of its last beat, when it was new
-        self._looked_at = time.monotonic()
+        self._looked_at, self._unanswered_s = time.monotonic(), 0.0
         self._launcher = os.getppid() if _has_launcher() else None
         self._stop = threading.Event()
         self._threads = [
@@ -109,61 +108,51 @@ class Watchdog:
             self._motion.progress += 1
             self._task = before
 
-    def finish(self) -> None:
-        """Stop, after all ranks have come to the end; rank 0, which may host the store, waits for the others."""
-        self._halt()
-        with contextlib.suppress(RuntimeError):
-            self._store.add("finished", 1)
-            deadline = time.monotonic() + 10
-            while self._rank == 0 and self._store.add("finished", 0) < self._ranks and time.monotonic() < deadline:
-                time.sleep(0.02)
+    def halt(self) -> None:
+        """Stop."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(self._beat_s)  # no longer, as one may wait for a store that does not answer
 
     def fail(self, error: BaseException | None) -> None:
         """Stop, and leave this rank's error for the others."""
-        self._halt()
+        self.halt()
         with contextlib.suppress(RuntimeError):
             self._publish(f"rank {self._rank} failed: {describe(error)}")
 
     def wait_for_verdict(self) -> str | None:
         """Return which rank is at fault, after a connection broke; None if that cannot be found out soon.
 
-        A few missing beats are enough now.
+        A few missing beats are enough then.
         """
-        self._halt()
-        self._looks_at_all, self._silence_s = True, 3 * self._beat_s
+        self.halt()
         deadline = time.monotonic() + 8 * self._beat_s
         while time.monotonic() < deadline:
-            verdict = self._turn()
+            verdict = self._turn(is_connection_lost=True)
             if verdict is not None:
                 return verdict
             time.sleep(self._beat_s / 4)
         return None
 
-    def _halt(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(self._beat_s)  # no longer, as one may wait for a store that does not answer
-
     # The threads ------------------------------------------------------------------------------------------------------
 
     def _watch_itself(self) -> None:
         interval_s = max(self._beat_s / _SAMPLES_PER_BEAT, _MIN_SAMPLE_S)
-        turn, samples = 0, 0
         while not self._stop.wait(interval_s):
             self._motion.sample(interval_s)
-            turn, samples = (turn, samples + 1) if turn == self._turns else (self._turns, 0)
-            if samples * interval_s > self._timeout_s:
+            self._unanswered_s += interval_s  # not by the clock, which goes on while this process is stopped
+            if self._unanswered_s > self._timeout_s:
                 self._end(f"the store at {self._address} has not answered for {self._timeout_s:.0f} s")
 
     def _watch_others(self) -> None:
         while not self._stop.wait(self._beat_s):
             self._motion.look_elsewhere()
             verdict = self._turn()
-            self._turns += 1
+            self._unanswered_s = 0.0
             if verdict is not None and not self._stop.is_set():
                 self._end(verdict)
 
-    def _turn(self) -> str | None:
+    def _turn(self, is_connection_lost: bool = False) -> str | None:
         """Send a beat, look around, and return what makes it impossible to go on."""
         if self._launcher is not None and os.getppid() != self._launcher:
             return f"the launcher, process {self._launcher}, is gone"
@@ -171,7 +160,7 @@ class Watchdog:
             self._beat()
             if self._store.check(["verdict"]):
                 return self._store.get("verdict").decode()
-            verdict = self._look()
+            verdict = self._look(is_connection_lost)
             return None if verdict is None else self._publish(verdict)
         except RuntimeError:
             return f"the connection to {self._address} is lost: rank 0, or the launcher of rank 0, is gone"
@@ -186,43 +175,60 @@ class Watchdog:
         """Leave a verdict in the store, and return the one that was there first."""
         return self._store.compare_set("verdict", "", verdict).decode()
 
-    def _look(self) -> str | None:
-        others = [rank for rank in range(self._ranks) if rank != self._rank] if self._looks_at_all else [0]
-        keys = [f"beat{rank}" for rank in (*others, self._rank)]
+    def _look(self, is_connection_lost: bool) -> str | None:
+        """Read beats; return a verdict if a rank is silent, or none moves.
+
+        After a lost connection each rank looks at all others, a few missing beats are enough, and no task excuses.
+        """
+        looks_at_all = self._rank == 0 or is_connection_lost
+        ranks = range(self._ranks) if looks_at_all else (0, self._rank)
+        keys = [f"beat{rank}" for rank in ranks]
         if not self._store.check(keys):  # some have not begun yet
             return None
-        *beats, own = (Beat(**json.loads(text)) for text in self._store.multi_get(keys))
-        now, by_rank = time.monotonic(), dict(zip(others, beats))
+        beats = {rank: Beat(**json.loads(text)) for rank, text in zip(ranks, self._store.multi_get(keys))}
+        longest_s = 3 * self._beat_s if is_connection_lost else self._timeout_s
+        for rank, silent_s in self._silences(beats).items():
+            if silent_s > longest_s and (is_connection_lost or not beats[rank].task):
+                return f"rank {rank} has given no sign of life for {silent_s:.0f} s; last seen {beats[rank].where}"
+        return standstill(beats, self._timeout_s, self._counts_cpu) if looks_at_all else None
+
+    def _silences(self, beats: Mapping[int, Beat]) -> dict[int, float]:
+        """Return for how many seconds each rank has sent nothing new."""
+        now = time.monotonic()
         if now - self._looked_at > 4 * self._beat_s:  # this process did not run; it cannot tell who else did
             self._seen.clear()
         self._looked_at = now
-        for rank, beat in by_rank.items():
-            if self._seen.get(rank, (-1, now))[0] != beat.number:
+        for rank, beat in beats.items():
+            if rank not in self._seen or self._seen[rank][0] != beat.number:
                 self._seen[rank] = (beat.number, now)
-        may_be_silent = self._silence_s == self._timeout_s
-        for rank, beat in by_rank.items():
-            silent_s = now - self._seen[rank][1]
-            if silent_s > self._silence_s and not (beat.task and may_be_silent):
-                return f"rank {rank} has given no sign of life for {silent_s:.0f} s; last seen {beat.where}"
-        return self._standstill({**by_rank, self._rank: own}) if self._looks_at_all else None
-
-    def _standstill(self, beats: dict[int, Beat]) -> str | None:
-        """Return a verdict if no rank moves, and some wait for others."""
-        if any(beat.task or beat.still_s < self._timeout_s for beat in beats.values()):
-            return None
-        if self._counts_cpu and not any(beat.waits for beat in beats.values()):
-            return None
-        still_s = min(beat.still_s for beat in beats.values())
-        stuck = {rank: beat for rank, beat in sorted(beats.items()) if not beat.waits} or beats
-        places = "; ".join(f"rank {rank} {beat.where}" for rank, beat in list(stuck.items())[:4])
-        more = f" and {len(stuck) - 4} more" if len(stuck) > 4 else ""
-        return f"no rank has moved for {still_s:.0f} s: {places}{more}"
+        return {rank: now - self._seen[rank][1] for rank in beats}
 
     def _end(self, verdict: str) -> None:
         """End the process, whose main thread may be blocked for good."""
         report_text(verdict, self._rank, is_secondary=True)
         os.write(2, f"Error: {verdict}; rank {self._rank} ends\n".encode())
+        give_way()
         os._exit(1)
+
+
+def standstill(beats: Mapping[int, Beat], timeout_s: float, counts_cpu: bool) -> str | None:
+    """Return a verdict if no rank has moved for `timeout_s`, and some wait for others; else None.
+
+    Args:
+        beats: of all ranks.
+        timeout_s: for how long.
+        counts_cpu: whether a rank that waits for others can be told by its place; not on a GPU, where it may be
+            anywhere.
+    """
+    if any(beat.task or beat.still_s < timeout_s for beat in beats.values()):
+        return None
+    if counts_cpu and not any(beat.waits for beat in beats.values()):
+        return None
+    still_s = min(beat.still_s for beat in beats.values())
+    stuck = [f"rank {rank} {beat.where}" for rank, beat in sorted(beats.items()) if not beat.waits]
+    stuck = stuck or [f"rank {rank} {beat.where}" for rank, beat in sorted(beats.items())]
+    more = f" and {len(stuck) - 4} more" if len(stuck) > 4 else ""
+    return f"no rank has moved for {still_s:.0f} s: {'; '.join(stuck[:4])}{more}"
 
 
 def _has_launcher() -> bool:
