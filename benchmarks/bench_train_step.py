@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -133,9 +134,10 @@ def serve(connection: Connection, config_name: str, variant: Variant, folder: st
     """Prepare a variant and take steps when asked, until None is asked for; errors are sent as a line."""
     try:
         torch.set_num_threads(threads)
+        start_s = time.perf_counter()
         subject = Subject(config_name, variant, Path(folder), torch.device(device))
         first = subject.first_step(count=not variant.compile)
-        connection.send({**first, **subject.memory()})
+        connection.send({"prepare_s": time.perf_counter() - start_s, **first, **subject.memory()})
         while connection.recv() is not None:
             connection.send(subject.step())
     except Exception as error:
@@ -248,21 +250,16 @@ def choose_work(worked: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def results_table(results: dict[str, dict[str, Any]]) -> str:
     """Return the results as a Markdown table, in seconds per thousand images."""
-    heads = ["variant", "runs", "s/kimg", "ratio", "spread", "CPU s", "CPU ratio", *SECTIONS]
+    heads = ["variant", "runs", "start s", "s/kimg", "ratio", "spread", "CPU s", "CPU ratio", *SECTIONS]
     rows = [[*heads, "peak MiB", "extra MiB", "of peak", "bound", "of bound"]]
     for name, result in results.items():
         if "error" in result:
-            rows.append([name, "0", result["error"], *[""] * (len(rows[0]) - 3)])
+            rows.append([name, "0", "", result["error"], *[""] * (len(rows[0]) - 4)])
             continue
         seconds, bound = result["median_s_per_kimg"], result["bound_s_per_kimg"]
         low, high = result["ratio_spread"]
-        first = [
-            name,
-            str(len(result["steps"])),
-            f"{seconds:.0f}",
-            f"{result['ratio']:.2f}",
-            f"{low:.2f} ... {high:.2f}",
-        ]
+        first = [name, str(len(result["steps"])), f"{result['prepare_s']:.0f}", f"{seconds:.0f}"]
+        first += [f"{result['ratio']:.2f}", f"{low:.2f} ... {high:.2f}"]
         cpu = [f"{result['median_cpu_s_per_kimg']:.0f}", f"{result['cpu_ratio']:.2f}"]
         sections = [f"{value:.1f}" for value in result["sections_s_per_kimg"].values()]
         memory = ["-" if result[key] is None else f"{result[key]:.0f}" for key in ("peak_mib", "extra_mib")]
@@ -323,7 +320,7 @@ def benchmark(
     if worked:
         work = choose_work(worked)
         worst = max(result["difference"] for result in worked.values())
-        click.echo(f"A step has {work['networks']:.0f} GFLOP in networks and {work['renderer']:.0f} in the renderer.")
+        click.echo(f"A step has {work['networks']:.1f} GFLOP in networks and {work['renderer']:.1f} in the renderer.")
         click.echo(f"Loss and gradient norm of the first step differ by at most {worst:.1e}.")
     if out is not None:
         report = {"settings": settings, "environment": machine, "results": results}
