@@ -39,6 +39,7 @@ class Motion:
         self._counts_cpu, self._suspicious_s = counts_cpu, suspicious_s
         self._place: tuple = ()
         self._sampled_at = time.monotonic()
+        self._looking_s = 0.0  # computing time that went into looking, which is no motion
         self._own = _Rate()
         self._children = _Rate()
 
@@ -52,7 +53,7 @@ class Motion:
         now, place = time.monotonic(), (self.progress, *_places(_main_frame()))
         self.still_s += min(now - self._sampled_at, 2 * interval_s)
         self._sampled_at = now
-        computes = self._own.is_moving(now, time.process_time()) and self._counts_cpu
+        computes = self._own.is_moving(now, time.process_time() - self._looking_s) and self._counts_cpu
         if place != self._place or computes or self.is_exempt:
             self._place, self.still_s = place, 0.0
 
@@ -60,8 +61,11 @@ class Motion:
         """Look at child processes and disks, if there is reason to."""
         if self.still_s <= self._suspicious_s:
             self._children = _Rate()
-        elif self._works_elsewhere():
+            return
+        began_s = time.thread_time()
+        if self._works_elsewhere():
             self.still_s = 0.0
+        self._looking_s += time.thread_time() - began_s
 
     def where(self) -> tuple[str, bool]:
         """Return where the main thread is, such as `at train.py:12 (main)`, and whether it is in a collective."""

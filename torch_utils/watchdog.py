@@ -205,6 +205,7 @@ class Watchdog:
 
     def _end(self, verdict: str) -> None:
         """End the process, whose main thread may be blocked for good."""
+        self._stop.set()
         report_text(verdict, self._rank, is_secondary=True)
         os.write(2, f"Error: {verdict}; rank {self._rank} ends\n".encode())
         give_way()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from torch_utils import distributed, gradients
+from torch_utils.preemption import SignalWatch
 
 
 def make_model(seed: int) -> torch.nn.Module:
@@ -55,9 +56,13 @@ def train(model: torch.nn.Module, batch: torch.Tensor, steps: int = 3, poisoned:
 
 
 def cooperate(out: Path) -> None:
-    """Use every collective, and write what came of it; in between be slow and silent, which must do no harm."""
+    """Use every collective, and write what came of it; in between be slow and silent, which must do no harm.
+
+    At last wait until one of them is asked to stop by a signal.
+    """
     rank, result = distributed.rank(), {}
     result["mean"] = distributed.all_reduce_mean(torch.tensor([1.0, rank])).tolist()
+    result["object"] = distributed.broadcast_object({"run": Path("runs/00001")} if rank == 0 else None)["run"].name
     model = make_model(seed=rank)
     with_error(result, "differ", lambda: distributed.check_same_across_ranks(model))
     with_error(result, "same part", lambda: distributed.check_same_across_ranks(model, ["unused"]))
@@ -65,7 +70,7 @@ def cooperate(out: Path) -> None:
     with_error(result, "same", lambda: distributed.check_same_across_ranks(model))
     result |= train(model, data()[rank::2], poisoned=None)
     result["poisoned"] = train(model, data()[rank::2], poisoned=1)
-    if rank == 0:
+    if rank == 1:
         busy_until = time.monotonic() + 3
         while time.monotonic() < busy_until:
             data().sum()
@@ -74,7 +79,12 @@ def cooperate(out: Path) -> None:
     distributed.barrier()
     model.unused.grad = torch.ones(3) if rank == 1 else None
     with_error(result, "one-sided", lambda: gradients.average_gradients(dict(model.named_parameters())))
-    (out / f"rank{rank}.json").write_text(json.dumps(result))
+    with SignalWatch() as watch:
+        if rank == 1:
+            (out / "pid").write_text(str(os.getpid()))
+        (out / f"rank{rank}.json").write_text(json.dumps(result))
+        while not watch.any_rank_requested():
+            time.sleep(0.05)
 
 
 def with_error(result: dict, key: str, action) -> None:
@@ -118,7 +128,7 @@ def freeze(out: Path) -> None:
 
 
 def leave_early(out: Path) -> None:
-    """Rank 1 ends with status 0 although rank 0 goes on; without `session`."""
+    """Rank 1 ends with status 0 although rank 0 goes on; without `session`, which would wait."""
     if distributed.rank() == 1:
         sys.exit(0)
     distributed.barrier()
