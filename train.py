@@ -23,7 +23,7 @@ from legacy import load_network_pkl
 from torch_utils import distributed
 from torch_utils.launch import launch
 from training.config import require
-from training.dataset import image_side
+from training.dataset import HeadDataset, image_side
 from training.network_setup import keep_habits
 from training.run_log import RunLog
 from training.run_options import Run, choose_run, run_name, write_options
@@ -177,6 +177,7 @@ def _train(config: TrainConfig, name: str, options: Mapping[str, Any]) -> None:
         synthetic = _synthetic_data(options)
         if synthetic is not None and distributed.is_main():
             _make_data(*synthetic)
+        dataset = HeadDataset(config.data, seed=config.loop.seed)
         run = distributed.broadcast_object(_choose_run(config, name, options) if distributed.is_main() else None)
         with RunLog(
             run.run_dir,
@@ -191,6 +192,7 @@ def _train(config: TrainConfig, name: str, options: Mapping[str, Any]) -> None:
             log.line(f"run folder: {run.run_dir}")
             request = TrainRequest(
                 config=config,
+                dataset=dataset,
                 run_dir=run.run_dir,
                 device=device,
                 renderer=options["renderer"],

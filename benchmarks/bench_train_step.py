@@ -42,6 +42,7 @@ from dnnlib.atomic import atomic_write
 from torch_utils import gradients
 from torch_utils.distributed import resolve_device
 from training.data_loader import BatchLoader
+from training.dataset import HeadDataset
 from training.run_log import RunLog
 from training.training_loop import Trainer, TrainRequest
 
@@ -60,7 +61,8 @@ class Subject:
         self.base_mib = psutil.Process().memory_info().rss / _MIB
         config = make_config(config_name, folder, variant)
         renderer = "reference" if variant.renderer == "plain" else variant.renderer
-        request = TrainRequest(config=config, run_dir=folder, device=device, renderer=renderer)
+        dataset = HeadDataset(config.data)
+        request = TrainRequest(config=config, dataset=dataset, run_dir=folder, device=device, renderer=renderer)
         self.trainer = Trainer(request, RunLog(folder, is_main=False))
         self.device, self.clock = device, StepClock(device)
         # All phases are due at multiples of this; the clock weighs them by how often they are.

@@ -382,7 +382,8 @@ def _as_click(error: BaseException) -> click.ClickException | None:
         return click.ClickException(f"out of memory: {_one_line(error)}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" while writing {error.filename}" if error.filename else ""
-        return click.ClickException(f"no space left on the disk{where}")
+        told = error.strerror not in (None, os.strerror(errno.ENOSPC))  # by who knows what could not be written
+        return click.ClickException(f"no space left on the disk{where}" + (f": {_one_line(error)}" if told else ""))
     if isinstance(error, OSError) and error.filename is not None:
         return click.ClickException(f"{error.filename}: {error.strerror or type(error).__name__}")
     if isinstance(error, (ValueError, OSError, MissingExtraError)):

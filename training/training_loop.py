@@ -50,6 +50,8 @@ class TrainRequest:
     """A run: what to train, where, and from where it goes on."""
 
     config: TrainConfig
+    dataset: HeadDataset
+    """Of `config.data`."""
     run_dir: Path
     device: torch.device
     renderer: RendererChoice = "auto"
@@ -102,7 +104,7 @@ class Trainer:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        self.dataset = HeadDataset(config.data, seed=loop.seed)
+        self.dataset = request.dataset
         self._report_dataset()
         self.labels = torch.from_numpy(self.dataset.labels).to(self.device)
 

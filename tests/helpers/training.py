@@ -13,6 +13,7 @@ from dnnlib import serialize
 from tests.helpers.head_data import HeadFiles
 from torch_utils import distributed
 from torch_utils.tensor_file import open_tensor_file
+from training.dataset import HeadDataset
 from training.run_log import RunLog
 from training.train_config import DataConfig, TrainConfig
 from training.train_presets import make_train_config
@@ -36,9 +37,9 @@ def debug_config(data: DataConfig, **settings: Any) -> TrainConfig:
 def request(config: TrainConfig, run_dir: Path, **fields: Any) -> TrainRequest:
     """Return what trains on a CPU, going on from the newest state of a folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    return TrainRequest(
-        config=config, run_dir=run_dir, device=torch.device("cpu"), state=newest_state(run_dir), **fields
-    )
+    dataset = HeadDataset(config.data, seed=config.loop.seed)
+    device, state = torch.device("cpu"), newest_state(run_dir)
+    return TrainRequest(config=config, dataset=dataset, run_dir=run_dir, device=device, state=state, **fields)
 
 
 def run(config: TrainConfig, run_dir: Path, kimg: float, **fields: Any) -> bool:
