@@ -15,8 +15,11 @@ import pytest
 from tests.docs.pages import REPO_ROOT, page_name, pages, prose
 
 ARCHITECTURE = REPO_ROOT / "docs" / "architecture.md"
-# Options of other programs: torchrun, conda and pip, pytest.
-FOREIGN_OPTIONS = {"--nproc-per-node", "--extra-index-url", "--editable", "--runslow"}
+# Options of other programs: conda and pip, pytest, torchrun, SLURM's sbatch and srun.
+FOREIGN_OPTIONS = {"--extra-index-url", "--editable", "--runslow"}
+FOREIGN_OPTIONS |= {"--nnodes", "--nproc-per-node", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}
+FOREIGN_OPTIONS |= {"--cpus-per-task", "--gpus-per-node", "--job-name", "--kill-on-bad-exit", "--nodes"}
+FOREIGN_OPTIONS |= {"--ntasks-per-node", "--open-mode", "--output", "--requeue", "--signal", "--time"}
 
 all_pages = pytest.mark.parametrize("page", pages(), ids=page_name)
 
