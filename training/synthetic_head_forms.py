@@ -20,7 +20,7 @@ import torch
 
 NUM_FEATURES = 13
 _ONE, _X, _AX, _Y, _Z, _XX, _YY, _ZZ, _AXY, _AXZ, _YZ, _XY, _XZ = range(NUM_FEATURES)
-_FAR = 1e4  # constant of the rows of a primitive that a head does not have: a distance beyond everything
+FAR = 1e4  # a distance beyond everything: the constant of the rows of a primitive that a head does not have
 Vector = Sequence[float]
 
 
@@ -38,13 +38,12 @@ def _factors(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(column, device=device) for column in zip(*pairs))
 
 
-def rotation(about_x_rad: float = 0.0, about_y_rad: float = 0.0, about_z_rad: float = 0.0) -> np.ndarray:
-    """Return the matrix [3, 3] that turns a primitive about x, then y, then z."""
-    (cx, sx), (cy, sy), (cz, sz) = ((math.cos(a), math.sin(a)) for a in (about_x_rad, about_y_rad, about_z_rad))
+def rotation(about_x_rad: float = 0.0, about_y_rad: float = 0.0) -> np.ndarray:
+    """Return the matrix [3, 3] that turns a primitive about x, then y."""
+    (cx, sx), (cy, sy) = ((math.cos(a), math.sin(a)) for a in (about_x_rad, about_y_rad))
     around_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     around_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    around_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return around_z @ around_y @ around_x
+    return around_y @ around_x
 
 
 def _squared_length(matrix: np.ndarray, center: np.ndarray, mirrored: bool) -> np.ndarray:
@@ -107,11 +106,11 @@ class Forms:
         inverse = np.diag(1.0 / (np.asarray(sigmas) * self.scale))
         self.bumps[name] = (_squared_length(inverse, np.asarray(center) * self.scale, mirrored), height)
 
-    def plane(self, name: str, normal: Vector, point: Vector, mirrored: bool = False) -> None:
+    def plane(self, name: str, normal: Vector, point: Vector) -> None:
         """Add a half space: negative behind the plane through `point` (average head), whose normal points outwards."""
         axis = np.asarray(normal) / self.scale
         axis = axis / np.linalg.norm(axis)
-        self.planes[name] = _component(axis, np.asarray(point) * self.scale, mirrored)
+        self.planes[name] = _component(axis, np.asarray(point) * self.scale, mirrored=False)
 
     def ring(self, name: str, center: Vector, radius: float, aspect: float) -> None:
         """Add a pair of rims that face +z, in world coordinates: `radius` high, `aspect` times as wide."""
@@ -126,9 +125,6 @@ class FormBatch:
     Args:
         heads: one entry per head.
         device: where positions will be.
-
-    Attributes:
-        names: names of the primitives that any head has.
     """
 
     def __init__(self, heads: Sequence[Forms], device: torch.device | str) -> None:
@@ -137,7 +133,6 @@ class FormBatch:
         self._bumps = _names(head.bumps for head in heads)
         self._planes = _names(head.planes for head in heads)
         self._rings = _names(head.rings for head in heads)
-        self.names = {*self._ellipsoids, *self._capsules, *self._bumps, *self._planes, *self._rings}
         rows = np.stack([self._rows(head) for head in heads])  # [B, rows, 13]
         self._table = torch.tensor(rows, dtype=torch.float32, device=device)
         lengths, radii, slopes = (
@@ -155,7 +150,7 @@ class FormBatch:
     def _rows(self, head: Forms) -> np.ndarray:
         """Return the coefficients [rows, 13], in the order in which `distances` takes them apart."""
         far = np.zeros(NUM_FEATURES)
-        far[_ONE] = _FAR
+        far[_ONE] = FAR
         one = np.zeros(NUM_FEATURES)
         one[_ONE] = 1.0
         rows = [head.ellipsoids.get(n, (far, one))[0] for n in self._ellipsoids]

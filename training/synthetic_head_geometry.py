@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from training.synthetic_head_forms import FormBatch, Forms, rotation
+from training.synthetic_head_forms import FAR, FormBatch, Forms, rotation
 from training.synthetic_head_parameters import HeadParameters
 
-SKIN, HAIR, CLOTH, GLASSES, HAT, METAL = MATERIALS = range(6)
+SKIN, HAIR, CLOTH, GLASSES, HAT, METAL = range(6)  # materials
 BOX = ((-0.4, 0.4), (-0.5, 0.34), (-0.4, 0.4))  # nothing of any head lies outside
 _CRANIUM_CENTER, _CRANIUM_RADII = np.array([0.0, 0.075, -0.025]), np.array([0.143, 0.15, 0.17])
 _CACHE_POINTS = 2048  # per head; with more, a CPU is faster head by head, because the primitives then stay in its cache
 _NAPE = (0.0, -0.085, -0.15)  # where the hairline of short cuts passes behind
+Points = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Coordinates x, y, z of places, [B, M] each."""
 
 
 def smooth_min(first: torch.Tensor, second: torch.Tensor, width: float) -> torch.Tensor:
@@ -25,13 +27,15 @@ def smooth_min(first: torch.Tensor, second: torch.Tensor, width: float) -> torch
     ``min(a, b - clamp(w + b - a, 0, 2 w)^2 / (4 w))``, which is the same in fewer passes over memory.
     """
     overlap = (second - first).clamp_(-width, width).add_(width)
-    return torch.minimum(first, torch.addcmul(second, overlap, overlap, value=-0.25 / width))
+    torch.addcmul(second, overlap, overlap, value=-0.25 / width, out=overlap)
+    return torch.minimum(first, overlap, out=overlap)
 
 
 def smooth_max(first: torch.Tensor, second: torch.Tensor, width: float) -> torch.Tensor:
     """Intersect two signed distances, rounding the edge; see :func:`smooth_min`."""
     overlap = (first - second).clamp_(-width, width).add_(width)
-    return torch.maximum(first, torch.addcmul(second, overlap, overlap, value=0.25 / width))
+    torch.addcmul(second, overlap, overlap, value=0.25 / width, out=overlap)
+    return torch.maximum(first, overlap, out=overlap)
 
 
 @functools.lru_cache(maxsize=64)  # views of an identity come one after the other
@@ -179,6 +183,13 @@ def _add_glasses(forms: Forms, head: HeadParameters) -> None:
     forms.capsule("bridge", (0.0, y, z + 0.004), (max(inner, 0.001), y, z), (0.0045, 0.0045), mirrored=True)
 
 
+def _hair_thickness(head: HeadParameters) -> float:
+    """Return the thickness of the layer that follows the skull; that of a bald head among others with hair is nowhere."""
+    if head.hair.style == "bald":
+        return -FAR
+    return 0.004 if head.hair.style in ("buzz", "mohawk") else head.hair.thickness
+
+
 class HeadField:
     """Signed distances of a batch of heads.
 
@@ -190,18 +201,17 @@ class HeadField:
     def __init__(self, heads: Sequence[HeadParameters], device: torch.device | str) -> None:
         self._singles = [HeadField([head], device) for head in heads] if len(heads) > 1 else []
         self.forms = FormBatch([head_forms(head) for head in heads], device)
-        self._curly = any(head.hair.curl > 0.0 and head.hair.style != "bald" for head in heads)
-        self._dark_lenses = any(head.wear.glasses == "dark" for head in heads)
+        self._any_curls = any(head.hair.curl > 0.0 and head.hair.style != "bald" for head in heads)
+        self._any_dark = any(head.wear.glasses == "dark" for head in heads)
 
         def column(values: list[float]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)[:, None]  # [B, 1]
 
-        thickness = [0.004 if head.hair.style in ("buzz", "mohawk") else head.hair.thickness for head in heads]
-        self._thickness = column(thickness)
+        self._thickness = column([_hair_thickness(head) for head in heads])
         self._curl = column([head.hair.curl for head in heads])
         self._frequency = column([head.hair.curl_frequency for head in heads])
         self._phase = column([head.hair.phase for head in heads])
-        self._lens = column([0.0 if head.wear.glasses == "dark" else -1.0 for head in heads])
+        self._dark = column([head.wear.glasses == "dark" for head in heads]).bool()
 
     def distance(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Return the signed distance [B, M] of positions [B, M] from the nearest surface."""
@@ -251,7 +261,7 @@ class HeadField:
         for name in ("tail", "pigtail"):
             if name in parts:
                 hair = smooth_min(hair, parts[name], 0.015)
-        if self._curly:
+        if self._any_curls:
             f = self._frequency
             waves = torch.stack([x * f + self._phase, y * f, z * f + self._phase], dim=1).sin_()  # [B, 3, M]
             hair = hair + self._curl * waves.prod(dim=1)
@@ -268,7 +278,7 @@ class HeadField:
     def _glasses(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         around, along = parts["rim around"], parts["rim along"]
         glasses = (around * around).addcmul_(along, along).sqrt_().sub_(0.0055)
-        if self._dark_lenses:
+        if self._any_dark:
             lens = torch.maximum(around, along.abs() - 0.002)
-            glasses = torch.minimum(glasses, torch.where(self._lens < 0.0, 1.0, lens))
+            glasses = torch.minimum(glasses, torch.where(self._dark, lens, FAR))
         return torch.minimum(glasses, torch.minimum(parts["temple"], parts["bridge"]))

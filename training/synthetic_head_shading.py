@@ -1,4 +1,4 @@
-"""Paint and light the surfaces of synthetic heads; everything is a function of the place on the head, not of the camera."""
+"""Paint and light the surfaces of synthetic heads: all is a function of the place on the head, not of the camera."""
 
 from __future__ import annotations
 
@@ -7,22 +7,44 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from training.synthetic_head_geometry import CLOTH, GLASSES, HAIR, HAT, METAL, SKIN, HeadField, nose_tip_y
+from training.image_reading import PARSING_CLASSES
+from training.synthetic_head_geometry import CLOTH, GLASSES, HAIR, HAT, METAL, SKIN, HeadField, Points, nose_tip_y
 from training.synthetic_head_parameters import HeadParameters
 
-PARSING_CLASSES = tuple(
-    "bg skin l_brow r_brow l_eye r_eye eye_g l_ear r_ear ear_r nose mouth u_lip l_lip neck neck_l cloth hair hat".split()
-)
 _CLASS = {name: index for index, name in enumerate(PARSING_CLASSES)}
-_MATERIAL_CLASS = {SKIN: "skin", HAIR: "hair", CLOTH: "cloth", GLASSES: "eye_g", HAT: "hat", METAL: "ear_r"}
+_MATERIAL_CLASS = {SKIN: "skin", HAIR: "hair", CLOTH: "cloth", GLASSES: "glasses", HAT: "hat", METAL: "earring"}
 _GAMMA = 2.2
 _AO_REACH, _SHADOW_REACH = 0.03, 0.07
-Points = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def coverage(distance: torch.Tensor, width: float) -> torch.Tensor:
-    """Return how much of a pixel of a width lies inside a signed distance: a ramp from 1 inside to 0 outside."""
-    return (0.5 - distance / width).clamp_(0.0, 1.0)
+def coverage(distance: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+    """Return how much of a pixel of a width [B, 1] lies inside a signed distance: a ramp from 1 inside to 0 outside."""
+    return (0.5 - distance / width.float()).clamp_(0.0, 1.0)
+
+
+def image_by_image(
+    function: Callable[..., torch.Tensor], counts: Sequence[int] | None, *inputs: torch.Tensor
+) -> torch.Tensor:
+    """Apply a function to images one after the other.
+
+    In the last bit, PyTorch's powers and arctangents on a CPU depend on where in a tensor a number stands. What this
+    returns does not depend on the other images of the batch.
+
+    Args:
+        function: of tensors like `inputs`.
+        counts: how many columns of each image are no filling, B; None applies the function to all at once.
+        inputs: [B, ..., N].
+
+    Returns:
+        [B, ..., N], shaped like the first input; 0 in filling.
+    """
+    if counts is None:
+        return function(*inputs)
+    out = torch.zeros_like(inputs[0])
+    for i, count in enumerate(counts):
+        part = (slice(i, i + 1), ..., slice(count))
+        out[part] = function(*(tensor[part].contiguous() for tensor in inputs))
+    return out
 
 
 class HeadPainter:
@@ -31,19 +53,18 @@ class HeadPainter:
     Args:
         heads: one for each entry of the batch.
         field: their geometry.
-        width: width in world units over which painted edges are softened: that of a pixel.
+        width: width in world units over which painted edges are softened: that of a pixel, [B, 1] float64.
         device: where positions will be.
     """
 
     def __init__(
-        self, heads: Sequence[HeadParameters], field: HeadField, width: float, device: torch.device | str
+        self, heads: Sequence[HeadParameters], field: HeadField, width: torch.Tensor, device: torch.device | str
     ) -> None:
         self._field, self._width = field, width
 
         def column(read: Callable[[HeadParameters], float]) -> torch.Tensor:
             return torch.tensor([[float(read(head))] for head in heads], dtype=torch.float32, device=device)  # [B, 1]
 
-        self._column = column
         groups = ("face", "hair", "wear", "colours", "light")
         numbers: dict[str, torch.Tensor] = {}
         for group in groups:
@@ -66,11 +87,14 @@ class HeadPainter:
         lamp = torch.tensor([head.light.direction for head in heads], dtype=torch.float32, device=device)
         self._lamp = lamp / torch.linalg.vector_norm(lamp, dim=1, keepdim=True)  # [B, 3]
 
-    def paint(self, points: Points) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def paint(
+        self, points: Points, counts: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Colour places on surfaces.
 
         Args:
             points: x, y, z [B, N].
+            counts: see :func:`image_by_image`.
 
         Returns:
             Albedo [B, 3, N] in linear light, parsing class and material [B, N] int64, and gloss [B, N].
@@ -86,10 +110,10 @@ class HeadPainter:
         classes = torch.where(is_skin, skin_classes, classes)
         gloss = torch.where(is_skin, 0.05, 0.0)
         painters = {
-            HAIR: lambda: self._paint_hair(x, y, z),
+            HAIR: lambda: self._paint_hair(x, y, z, counts),
             CLOTH: lambda: self._paint_cloth(x, y, z),
             GLASSES: lambda: self._colours["glasses"],
-            HAT: lambda: self._paint_hat(x, z, parts),
+            HAT: lambda: self._paint_hat(x, z, parts, counts),
             METAL: lambda: self._colours["metal"],
         }
         for position, name in enumerate(names):
@@ -122,7 +146,7 @@ class HeadPainter:
 
         head = torch.minimum(torch.minimum(parts["face"], parts["jaw"]), parts["cranium"])
         mark(parts["neck"] < head, "neck")
-        mark((parts["ear"] < 0.004) & (across > 0.13), "l_ear", "r_ear")
+        mark((parts["ear"] < 0.004) & (across > 0.13), "left ear", "right ear")
         front = w > 0.07
         mark((torch.minimum(parts["nose"], parts["nose wing"]) < 0.005) & front, "nose")
         albedo = self._colours["skin"].expand(-1, -1, u.shape[1])
@@ -134,7 +158,7 @@ class HeadPainter:
             chain = (y + 0.257 + 0.35 * z).abs() - 0.006
             chain = torch.where((p["necklace"] > 0.0) & (parts["neck"] < head), chain, 1.0)
             albedo = self._over(albedo, self._colours["metal"], coverage(chain, self._width))
-            mark(chain < 0.0, "neck_l")
+            mark(chain < 0.0, "necklace")
         return albedo, classes
 
     def _paint_complexion(
@@ -176,8 +200,8 @@ class HeadPainter:
         below = torch.maximum(-height - gap - p["lip_lower"] * bow, height)
         albedo = self._over(albedo, 0.85 * self._colours["lips"], coverage(above, width))
         albedo = self._over(albedo, self._colours["lips"], coverage(below, width))
-        mark(above < 0.0, "u_lip")
-        mark(below < 0.0, "l_lip")
+        mark(above < 0.0, "upper lip")
+        mark(below < 0.0, "lower lip")
         inside = torch.where(p["mouth_open"] > 0.0, height.abs() - gap, 1.0)
         inside = torch.where(bow > 0.0, inside, 1.0)
         teeth = torch.where((height > -0.15 * gap)[:, None], 0.7, 0.3 * self._colours["lips"])
@@ -209,7 +233,7 @@ class HeadPainter:
         glint = torch.hypot(local - side * (p["gaze_x"] * p["eye_half_width"] + 0.004), height - 0.006) - 0.0028
         ball = self._over(ball * shade[:, None], torch.ones_like(dark), 0.9 * coverage(glint, width))
         albedo = self._over(albedo, ball, coverage(opening, width))
-        mark(opening < 0.0, "l_eye", "r_eye")
+        mark(opening < 0.0, "left eye", "right eye")
         inside = torch.where(bow > -0.12, 0.0, 1.0)  # lines end a little outside the corners
         lash = (height - upper).abs() - 0.0028 + inside
         crease = (height - upper - 0.0085).abs() - 0.0012 + inside
@@ -219,13 +243,15 @@ class HeadPainter:
         bow = torch.where(front, 1.1 - place * place, -1.0)
         rise = p["brow_gap"] + p["brow_tilt"] * local - p["brow_arch"] * p["eye_half_width"] * (place - 0.2) ** 2
         brow = (v - p["eye_y"] - rise).abs() - p["brow_half_height"] * bow
-        mark(brow < 0.0, "l_brow", "r_brow")
+        mark(brow < 0.0, "left brow", "right brow")
         return self._over(albedo, self._colours["brows"], 0.9 * coverage(brow, width + 0.002))
 
-    def _paint_hair(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def _paint_hair(
+        self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, counts: Sequence[int] | None
+    ) -> torch.Tensor:
         """Paint strands that run down from the crown."""
         p = self._numbers
-        around = torch.atan2(x, z + 0.06)
+        around = image_by_image(torch.atan2, counts, x, z + 0.06)
         bend = p["phase"] + 1.5 * torch.sin(24.0 * y + p["phase"])
         strands = torch.sin(19.0 * around + bend).add_(torch.sin(43.0 * around - 1.7 * bend)).mul_(0.5)
         strands = 1.0 + p["strands"] * torch.where(self._cap_hair.bool(), 0.2 * strands, strands)
@@ -236,13 +262,17 @@ class HeadPainter:
         cloth = self._colours["cloth"].expand(-1, -1, x.shape[1])
         return self._over(cloth, self._colours["cloth_second"], stripes)
 
-    def _paint_hat(self, x: torch.Tensor, z: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        ribs = torch.sin(26.0 * torch.atan2(x, z + 0.02)) * (self._band > 0.03) * 0.12
+    def _paint_hat(
+        self, x: torch.Tensor, z: torch.Tensor, parts: dict[str, torch.Tensor], counts: Sequence[int] | None
+    ) -> torch.Tensor:
+        ribs = torch.sin(26.0 * image_by_image(torch.atan2, counts, x, z + 0.02)) * (self._band > 0.03) * 0.12
         hat = self._colours["hat"] * (1.0 + ribs)[:, None]
         band = torch.where(self._band > 0.0, -parts["hat line"] - self._band, 1.0)
         return self._over(hat, self._colours["cloth_second"], 0.8 * coverage(band, self._width))
 
-    def light(self, points: Points, albedo: torch.Tensor, gloss: torch.Tensor, depth_step: float) -> torch.Tensor:
+    def light(
+        self, points: Points, albedo: torch.Tensor, gloss: torch.Tensor, counts: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Light places on surfaces.
 
         Lambert with a softened terminator, one step of occlusion along the normal and one of shadow towards the lamp.
@@ -252,33 +282,35 @@ class HeadPainter:
             points: x, y, z [B, N].
             albedo: [B, 3, N].
             gloss: strength of the highlight [B, N].
-            depth_step: step of the finite differences for the normal, in world units.
+            counts: see :func:`image_by_image`.
 
         Returns:
             Display colours [B, 3, N] in [0, 1].
         """
         p = self._numbers
-        normal = self._normals(points, depth_step)
+        normal = self._normals(points)
         facing = torch.einsum("bc,bcn->bn", self._lamp, normal)
         open_sky = self._free(points, normal, _AO_REACH)
         lit = self._free(points, 0.7 * self._lamp[:, :, None] + 0.3 * normal, _SHADOW_REACH)
         diffuse = ((facing + 0.3) / 1.3).clamp(min=0.0) * (0.35 + 0.65 * lit)
-        highlight = gloss * facing.clamp(min=0.0) ** 12
+        highlight = gloss * image_by_image(lambda t: t**12, counts, facing.clamp(min=0.0))
         warmth = p["warmth"]
         lamp = torch.stack([1.0 + 0.08 * warmth, torch.ones_like(warmth), 1.0 - 0.14 * warmth], dim=1)  # [B, 3, 1]
         sky = p["ambient"] * (0.8 + 0.2 * normal[:, 1]) * (0.45 + 0.55 * open_sky)
         strength = 1.2 * p["strength"]
         lamp_light = lamp * (strength * diffuse)[:, None]
-        return (albedo * (sky[:, None] + lamp_light) + lamp * highlight[:, None]).clamp_(1e-6, 1.0) ** (1.0 / _GAMMA)
+        radiance = (albedo * (sky[:, None] + lamp_light) + lamp * highlight[:, None]).clamp_(1e-6, 1.0)
+        return image_by_image(lambda t: t ** (1.0 / _GAMMA), counts, radiance)
 
     def _free(self, points: Points, direction: torch.Tensor, reach: float) -> torch.Tensor:
         """Return how far [B, N] the space is free in a direction [B, 3, N], as a share of a reach."""
         moved = (axis + reach * direction[:, i] for i, axis in enumerate(points))
         return (self._field.distance(*moved) / reach).clamp_(0.0, 1.0)
 
-    def _normals(self, points: Points, step: float) -> torch.Tensor:
-        """Return outward unit normals [B, 3, N] by differences over the corners of a tetrahedron."""
+    def _normals(self, points: Points) -> torch.Tensor:
+        """Return outward unit normals [B, 3, N] by differences over the corners of a tetrahedron of half a pixel."""
         x, y, z = points
+        step = (0.5 * self._width).float()
         total: list[torch.Tensor | float] = [0.0, 0.0, 0.0]
         for corner in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)):
             distance = self._field.distance(x + step * corner[0], y + step * corner[1], z + step * corner[2])

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from camera_utils import split_label
-from training.synthetic_head_geometry import BOX, HeadField
+from training.synthetic_head_geometry import BOX, HeadField, Points
 
 BLOCKS = (8, 4)  # sides, in pixels, of the blocks that share a cone, one after the other
 _RELAX = 0.9  # share of the estimated distance that is walked: unions and bumps are no exact distances
@@ -38,18 +38,18 @@ class RayBatch:
         end = torch.where(valid, self.end.gather(1, index), -1.0)
         return RayBatch(self.origin, direction, self.start.gather(1, index), end)
 
-    def points(self, depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def points(self, depth: torch.Tensor) -> Points:
         """Return the coordinates [B, N] at depths [B, N]."""
-        return tuple(torch.addcmul(self.origin[:, i, None], self.direction[:, i], depth) for i in range(3))
+        return torch.addcmul(self.origin[:, :, None], self.direction, depth[:, None]).unbind(1)
 
 
-def camera_rays(label: torch.Tensor, u: torch.Tensor, v: torch.Tensor, margin: float = 0.0) -> RayBatch:
+def camera_rays(label: torch.Tensor, u: torch.Tensor, v: torch.Tensor, margin: torch.Tensor) -> RayBatch:
     """Make the rays through places of the image.
 
     Args:
         label: [B, 25].
         u, v: image coordinates in [0, 1] from left and from top, [N] or [B, N].
-        margin: by how much the box is made larger on every side, for rays that stand for cones.
+        margin: [B, 1] float64: by how much the box is made larger on every side, for rays that stand for cones.
 
     Returns:
         Rays that begin where they enter the box that holds all heads and end where they leave it.
@@ -67,7 +67,8 @@ def camera_rays(label: torch.Tensor, u: torch.Tensor, v: torch.Tensor, margin: f
     for axis, (low, high) in enumerate(BOX):
         slope = direction[:, axis]
         slope = torch.where(slope.abs() < 1e-9, 1e-9, slope)
-        near, far = ((side - origin[:, axis, None]) / slope for side in (low - margin, high + margin))
+        sides = ((low - margin).float(), (high + margin).float())  # [B, 1]
+        near, far = ((side - origin[:, axis, None]) / slope for side in sides)
         start = torch.maximum(start, torch.minimum(near, far))
         end = torch.minimum(end, torch.maximum(near, far))
     return RayBatch(origin, direction, start, end)
@@ -77,34 +78,35 @@ def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the columns where a mask [B, N] holds, row by row.
 
     Returns:
-        Index [B, K], K the most that any row has, and which of it [B, K] is no filling. Filling points to column 0.
+        Index [B, K], K the most that any row has, and which of it [B, K] is no filling. Filling points to a column
+        where the mask does not hold.
     """
-    if mask.shape[0] == 1:
+    if len(mask) == 1:
         index = mask[0].nonzero().T  # [1, K]
         return index, torch.ones_like(index, dtype=torch.bool)
     row, column = mask.nonzero().unbind(1)
     counts = mask.sum(dim=1)
     longest = int(counts.max())
     position = torch.arange(len(row), device=mask.device) - (counts.cumsum(0) - counts)[row]
-    index = torch.zeros(len(mask), longest, dtype=torch.int64, device=mask.device)
+    index = (~mask).int().argmax(dim=1, keepdim=True).repeat(1, longest)
     index[row, position] = column
     return index, torch.arange(longest, device=mask.device) < counts[:, None]
 
 
 def put(target: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, value: torch.Tensor) -> None:
-    """Write values [B, K] or [B, C, K] to the columns `index` [B, K] of `target` [B, N] or [B, C, N], where `valid`."""
+    """Write values [B, K] or [B, C, K] to the columns `index` [B, K] of `target` [B, N] or [B, C, N], where `valid`.
+
+    No column is both filling and not, see :func:`compact`; filling writes again what is there.
+    """
     if target.ndim == 3:
         index, valid = (t[:, None].expand_as(value) for t in (index, valid))
-    if target.shape[0] == 1:
-        target.scatter_(-1, index, value)
-        return
-    rows = torch.arange(target.shape[:-1].numel(), device=target.device).reshape(*target.shape[:-1], 1)
-    flat = index + rows * target.shape[-1]
-    target.view(-1)[flat[valid]] = value[valid]
+    if len(target) > 1:
+        value = torch.where(valid, value, target.gather(-1, index))
+    target.scatter_(-1, index, value)
 
 
 def march(
-    field: HeadField, rays: RayBatch, cone_radius: float | torch.Tensor, tolerance: float | None = None
+    field: HeadField, rays: RayBatch, cone_radius: torch.Tensor | None, tolerance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Walk along rays until something is near.
 
@@ -114,8 +116,8 @@ def march(
     Args:
         field: the heads.
         rays: [B, N].
-        cone_radius: r, radius of a cone at depth 1; 0 for a ray.
-        tolerance: for rays, the distance per depth at which a surface counts as met; None for cones.
+        cone_radius: r, radius of a cone at depth 1, [B, 1] float64; None for rays.
+        tolerance: for rays, the distance per depth at which a surface counts as met, [B, 1] float64; None for cones.
 
     Returns:
         Depth [B, N] where the walk stopped; whether it met something [B, N]; for rays, the least distance per depth
@@ -124,42 +126,58 @@ def march(
     depth_out = rays.start.clone()
     met_out = torch.zeros_like(depth_out, dtype=torch.bool)
     least_out = torch.full_like(depth_out, math.inf)
-    is_cone = tolerance is None
-    stop, rounds = (_CONE_STOP * cone_radius, _CONE_ROUNDS) if is_cone else (tolerance, _RAY_ROUNDS)
     index, valid = compact(rays.start < rays.end)
-    for _ in range(rounds):
+    for _ in range(_RAY_ROUNDS if cone_radius is None else _CONE_ROUNDS):
         if index.shape[1] == 0:
             break
-        active, depth = rays.pick(index, valid), depth_out.gather(1, index)
-        least = least_out.gather(1, index)
-        for _ in range(_STEPS_PER_ROUND):
-            distance = field.distance(*active.points(depth))
-            met = distance < stop * depth
-            if not is_cone:
-                least = torch.minimum(least, distance / depth)
-            walked = (distance - cone_radius * depth).mul_(_RELAX / (1.0 + cone_radius))
-            depth = torch.where(met, depth, depth + walked)
-        if not is_cone:
-            depth = torch.where(met, depth + distance, depth)  # the last bit of the way
+        active, depth, least = rays.pick(index, valid), depth_out.gather(1, index), least_out.gather(1, index)
+        if cone_radius is None:
+            depth, met, least = _walk_rays(field, active, depth, least, tolerance.float())
             put(least_out, index, valid, least)
+        else:
+            depth, met = _walk_cones(field, active, depth, cone_radius)
         inside = depth < active.end
         put(depth_out, index, valid, depth)
         put(met_out, index, valid, met & inside)
         kept, kept_valid = compact(inside & ~met & valid)
         index, valid = index.gather(1, kept), kept_valid
-    if is_cone and index.shape[1]:
+    if cone_radius is not None and index.shape[1]:
         put(met_out, index, valid, torch.ones_like(valid))
     return depth_out, met_out, least_out
 
 
-def pixel_cones(field: HeadField, label: torch.Tensor, resolution: int, pixel: float) -> RayBatch:
+def _walk_rays(
+    field: HeadField, rays: RayBatch, depth: torch.Tensor, least: torch.Tensor, tolerance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return depth, whether a surface was met, and the least distance per depth after some steps, [B, N] each."""
+    for _ in range(_STEPS_PER_ROUND):
+        distance = field.distance(*rays.points(depth))
+        met = distance < tolerance * depth
+        least = torch.minimum(least, distance / depth)
+        depth = torch.where(met, depth, depth + distance * _RELAX)
+    return torch.where(met, depth + distance, depth), met, least  # the last bit of the way
+
+
+def _walk_cones(
+    field: HeadField, rays: RayBatch, depth: torch.Tensor, radius: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return depth and whether a surface was met after some steps, [B, N] each."""
+    stop, share, radius = (_CONE_STOP * radius).float(), (_RELAX / (1.0 + radius)).float(), radius.float()
+    for _ in range(_STEPS_PER_ROUND):
+        distance = field.distance(*rays.points(depth))
+        met = distance < stop * depth
+        depth = torch.where(met, depth, depth + (distance - radius * depth).mul_(share))
+    return depth, met
+
+
+def pixel_cones(field: HeadField, label: torch.Tensor, resolution: int, pixel: torch.Tensor) -> RayBatch:
     """Trace the cones of blocks, of smaller blocks, and of pixels.
 
     Args:
         field: the heads.
         label: cameras [B, 25].
         resolution: side of the pictures, a multiple of the largest block.
-        pixel: width of a pixel at depth 1.
+        pixel: width of a pixel at depth 1, [B, 1] float64.
 
     Returns:
         The rays of the pixels' centres [B, H W]. They start where nothing within the pixel can have been met before,
@@ -170,7 +188,7 @@ def pixel_cones(field: HeadField, label: torch.Tensor, resolution: int, pixel: f
     for block in (*BLOCKS, 1):
         size = resolution // block
         radius = block * half_diagonal
-        margin = 2.0 * radius * float(torch.linalg.vector_norm(label[:, [3, 7, 11]], dim=1).max())
+        margin = 2.0 * radius * camera_distance(label)
         rays = camera_rays(label, *grid(size, label.device), margin=margin)
         if starts is not None:
             coarse = math.isqrt(starts.shape[1])
@@ -180,6 +198,11 @@ def pixel_cones(field: HeadField, label: torch.Tensor, resolution: int, pixel: f
         starts = torch.where(met, depth, 1e3)  # beyond everything
     rays.start = starts
     return rays
+
+
+def camera_distance(label: torch.Tensor) -> torch.Tensor:
+    """Return how far from the origin the cameras of labels [B, 25] stand, [B, 1] float64."""
+    return torch.linalg.vector_norm(label[:, [3, 7, 11]], dim=1, keepdim=True).double()
 
 
 def grid(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

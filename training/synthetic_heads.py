@@ -18,11 +18,22 @@ import torch
 
 from camera_utils import LABEL_SIZE, check_label
 from training.config import require
+from training.image_reading import PARSING_CLASSES
 from training.synthetic_head_geometry import HeadField
 from training.synthetic_head_parameters import HeadParameters
 from training.synthetic_head_sampling import CameraRange, sample_cameras, sample_identity
-from training.synthetic_head_shading import PARSING_CLASSES, HeadPainter
-from training.synthetic_head_tracing import BLOCKS, camera_rays, compact, grid, march, pixel_cones, put
+from training.synthetic_head_shading import HeadPainter
+from training.synthetic_head_tracing import (
+    BLOCKS,
+    RayBatch,
+    camera_distance,
+    camera_rays,
+    compact,
+    grid,
+    march,
+    pixel_cones,
+    put,
+)
 
 __all__ = [
     "PARSING_CLASSES",
@@ -37,6 +48,7 @@ RENDERER_VERSION = 1  # goes up whenever the same parameters give other pictures
 _TOLERANCE = 0.08  # pixels: how near to a surface a ray must come
 _NEAR = 0.75  # pixels: a ray that misses by less may have a surface in its pixel
 _DEPTH_EDGE = 4.0  # pixels of depth between neighbours that count as an edge
+_PIXELS_TOGETHER = 8 * 128**2  # in images that a CPU renders at a time: enough to hide the cost of starting operations
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class HeadImages:
     mask: torch.Tensor
     """[B, H, W]: share of the pixel that shows the head, 255 for all of it."""
     parsing: torch.Tensor
-    """[B, H, W]: index into `PARSING_CLASSES`; 0 exactly where `mask` is below 128. l_ is the head's own left."""
+    """[B, H, W]: index into `PARSING_CLASSES`; 0 exactly where `mask` is below 128."""
 
 
 @torch.no_grad()
@@ -67,7 +79,7 @@ def render_heads(
         supersample: rays along a side of an edge pixel, at least 1.
 
     Returns:
-        The pictures. On the CPU every image is rendered on its own: it does not depend on the others of the batch.
+        The pictures. On a CPU they do not depend, not in a bit, on what else is in the batch.
 
     Raises:
         ValueError: numbers of heads and labels differ, a label is no camera, or a size is impossible.
@@ -78,7 +90,7 @@ def render_heads(
     require(whole, "resolution", f"a multiple of {BLOCKS[0]}", resolution)
     require(isinstance(supersample, int) and 1 <= supersample <= 8, "supersample", "1 to 8", supersample)
     check_label(labels)
-    together = 1 if labels.device.type == "cpu" else len(labels)
+    together = max(1, _PIXELS_TOGETHER // resolution**2) if labels.device.type == "cpu" else len(labels)
     parts = [
         _Rendering(identities[i : i + together], labels[i : i + together].float(), resolution, supersample).images()
         for i in range(0, len(labels), together)
@@ -96,10 +108,9 @@ class _Rendering:
         self.identities, self.labels = identities, labels
         self.resolution, self.supersample = resolution, supersample
         self.device = labels.device
-        focal = float(labels[:, [16, 20]].min())
-        distance = float(torch.linalg.vector_norm(labels[:, [3, 7, 11]], dim=1).mean())
-        self.pixel = 1.0 / (resolution * focal)  # width of a pixel at depth 1
-        self.width = self.pixel * distance  # and at the head
+        focal = labels[:, [16, 20]].amin(dim=1, keepdim=True).double()
+        self.pixel = 1.0 / (resolution * focal)  # width of a pixel at depth 1, [B, 1]
+        self.width = self.pixel * camera_distance(labels)  # and at the head
         self.field = HeadField(identities, self.device)
         self.painter = HeadPainter(identities, self.field, self.width, self.device)
 
@@ -107,32 +118,39 @@ class _Rendering:
         """Return rgb [B, 3, H, W], mask and parsing [B, H, W], uint8."""
         B, size = len(self.identities), self.resolution
         rays = pixel_cones(self.field, self.labels, size, self.pixel)
-        depth, met, least = march(self.field, rays, 0.0, _TOLERANCE * self.pixel)
-        index, valid = compact(met)
-        points = rays.pick(index, valid).points(depth.gather(1, index))
-        albedo, classes, materials, gloss = self.painter.paint(points)
-        class_map = torch.zeros(B, size * size, dtype=torch.int64, device=self.device)
-        put(class_map, index, valid, classes)
-        material_map = torch.full_like(class_map, -1)
-        put(material_map, index, valid, materials)
-        edges = self._edges(least, met, depth, material_map)
-        colour = torch.zeros(B, 3, size * size, device=self.device)
-        if index.shape[1]:
-            shown = self.painter.light(points, albedo, gloss, 0.5 * self.width)
-            put(colour, index, valid, shown)
+        depth, met, least = march(self.field, rays, None, _TOLERANCE * self.pixel)
+        colour, class_map, material_map = self._shade(rays, depth, met)
         alpha = met.float()
         if self.supersample > 1:
-            self._refine(edges, rays.start, colour, alpha, class_map)
+            self._refine(self._edges(least, met, depth, material_map), rays.start, colour, alpha, class_map)
         rgb = colour + (1.0 - alpha)[:, None] * self._background()
         grey = (alpha * 255.0 + 0.5).to(torch.uint8)
         rgb = (rgb.clamp(0.0, 1.0) * 255.0 + 0.5).to(torch.uint8)
         parsing = class_map.to(torch.uint8)
         return rgb.reshape(B, 3, size, size), grey.reshape(B, size, size), parsing.reshape(B, size, size)
 
+    def _shade(
+        self, rays: RayBatch, depth: torch.Tensor, met: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return colour [B, 3, N], class and material [B, N] of rays; 0, 0 and -1 where they met nothing."""
+        colour = torch.zeros_like(rays.direction)
+        class_map = torch.zeros_like(depth, dtype=torch.int64)
+        material_map = torch.full_like(class_map, -1)
+        index, valid = compact(met)
+        if index.shape[1]:
+            alone = len(met) == 1 or self.device.type != "cpu"
+            counts = None if alone else valid.sum(dim=1).tolist()
+            points = rays.pick(index, valid).points(depth.gather(1, index))
+            albedo, classes, materials, gloss = self.painter.paint(points, counts)
+            put(colour, index, valid, self.painter.light(points, albedo, gloss, counts))
+            put(class_map, index, valid, classes)
+            put(material_map, index, valid, materials)
+        return colour, class_map, material_map
+
     def _edges(
         self, least: torch.Tensor, met: torch.Tensor, depth: torch.Tensor, materials: torch.Tensor
     ) -> torch.Tensor:
-        """Find pixels [B, H W] that hold more than one thing: neighbours differ, or a surface is near that is missed."""
+        """Find pixels [B, H W] that hold more than one thing: neighbours differ, or a surface is near that they miss."""
         size = self.resolution
         depth = torch.where(met, depth, 0.0).reshape(-1, size, size)
         materials = materials.reshape(-1, size, size)
@@ -142,10 +160,10 @@ class _Rendering:
             pick = (slice(None), slice(None)) if axis == 2 else (slice(None),)
             before, after = (*pick, first), (*pick, second)
             step = materials[before] != materials[after]
-            step |= (depth[before] - depth[after]).abs() > _DEPTH_EDGE * self.width
+            step |= (depth[before] - depth[after]).abs() > (_DEPTH_EDGE * self.width).float()[:, :, None]
             edges[before] |= step
             edges[after] |= step
-        return (edges.flatten(1) & met) | ((least < _NEAR * self.pixel) & ~met)
+        return (edges.flatten(1) & met) | ((least < (_NEAR * self.pixel).float()) & ~met)
 
     def _refine(
         self,
@@ -169,16 +187,8 @@ class _Rendering:
         rays = camera_rays(self.labels, u.flatten(1), v.flatten(1), margin=2.0 * self.width)
         begin = torch.where(valid, start.gather(1, index), 1e3)
         rays.start = begin[:, :, None].expand(-1, -1, count).reshape(B, -1)
-        depth, met, _ = march(self.field, rays, 0.0, _TOLERANCE * self.pixel)
-        hits, hits_valid = compact(met)
-        seen = colour.new_zeros(B, 3, K * count)
-        classes = class_map.new_zeros(B, K * count)
-        if hits.shape[1]:
-            points = rays.pick(hits, hits_valid).points(depth.gather(1, hits))
-            albedo, found, _, gloss = self.painter.paint(points)
-            shown = self.painter.light(points, albedo, gloss, 0.5 * self.width)
-            put(seen, hits, hits_valid, shown)
-            put(classes, hits, hits_valid, found)
+        depth, met, _ = march(self.field, rays, None, _TOLERANCE * self.pixel)
+        seen, classes, _ = self._shade(rays, depth, met)
         share = met.reshape(B, K, count).float().mean(2)
         most = _most_frequent(classes.reshape(B, K, count))
         put(colour, index, valid, seen.reshape(B, 3, K, count).mean(3))
