@@ -194,9 +194,6 @@ def _supervise(workers: list[_Worker], forwarded: list[signal.Signals], *, keeps
         return
     culprit = min(failed, key=_blame)
     text, tail = _explain(culprit)
-    report = culprit.report()
-    if report is not None and report.is_secondary:  # its text names another rank
-        raise WorkerFailedError(text)
     if forwarded and (text == INTERRUPTED or culprit.status in [-number for number in forwarded]):
         raise WorkerFailedError(f"stopped by {forwarded[0].name}: rank {culprit.rank} ended before it could save")
     if tail:

@@ -18,7 +18,6 @@ _MOVING_SHARE = 0.02  # of one core; more is computing
 _HERE = os.path.dirname(__file__)
 _SUPERVISION = tuple(os.path.join(_HERE, f"{name}.py") for name in ("motion", "watchdog", "distributed", "gradients"))
 _FOREIGN = (sysconfig.get_path("stdlib"), os.path.dirname(torch.__file__), "<frozen", *_SUPERVISION)
-_WATCHERS = ("motion.py", "watchdog.py")
 _COLLECTIVES = os.path.dirname(dist.__file__)
 
 
@@ -120,8 +119,7 @@ def _places(frame: FrameType | None) -> tuple[tuple[int, int], ...]:
 def _own_place(frame: FrameType | None) -> str:
     """Return the innermost place that is neither in Python's library, nor in PyTorch, nor in what supervises."""
     places = list(_stack(frame))
-    foreign = (*_FOREIGN, *(os.path.join(os.path.dirname(__file__), name) for name in _WATCHERS))
-    own = [place for place in places if not place.f_code.co_filename.startswith(foreign)]
+    own = [place for place in places if not place.f_code.co_filename.startswith(_FOREIGN)]
     for place in own or places:
         return f"{os.path.basename(place.f_code.co_filename)}:{place.f_lineno} ({place.f_code.co_name})"
     return "an unknown place"
