@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch_utils.ops import conv2d_native
 
 # Least B * H * W. Weights change with every step, and are transformed on every call, which takes as long as 1000 pixels
-# save. Time of PyTorch's convolution over ours, one thread of a Zen 3 core (AVX2), batch 4, with that and with
-# converting the order of channels:
-#     channels      64->64 at 128x128    128->128 at 64x64    256->256 at 32x32    256->256 at 16x16
-#                          1.6                  1.8                  1.7                  1.0
+# save. Processor time of PyTorch's convolution over ours, with that and with converting the order of channels, one
+# thread of a Zen 3 core (AVX2), batch 4:
+#     channels                   64->64 at 128x128    128->128 at 64x64    256->256 at 32x32    256->256 at 16x16
+#     with both gradients              1.2                  1.4                  1.3                  1.0
+#     with that of the image           1.5                  2.0                  1.6                  1.0
 _FEWEST_PIXELS = 2048
 
 
