@@ -32,6 +32,8 @@ class Motion:
         suspicious_s: child processes and disks are only looked at after this long without other motion.
     """
 
+    _looking_s = 0.0  # computing time of this process that went into looking, which is no motion
+
     def __init__(self, counts_cpu: bool, suspicious_s: float) -> None:
         self.progress = 0
         self.is_exempt = False
@@ -39,7 +41,6 @@ class Motion:
         self._counts_cpu, self._suspicious_s = counts_cpu, suspicious_s
         self._place: tuple = ()
         self._sampled_at = time.monotonic()
-        self._looking_s = 0.0  # computing time that went into looking, which is no motion
         self._own = _Rate()
         self._children = _Rate()
 
@@ -53,7 +54,7 @@ class Motion:
         now, place = time.monotonic(), (self.progress, *_places(_main_frame()))
         self.still_s += min(now - self._sampled_at, 2 * interval_s)
         self._sampled_at = now
-        computes = self._own.is_moving(now, time.process_time() - self._looking_s) and self._counts_cpu
+        computes = self._own.is_moving(now, time.process_time() - Motion._looking_s) and self._counts_cpu
         if place != self._place or computes or self.is_exempt:
             self._place, self.still_s = place, 0.0
 
@@ -65,7 +66,7 @@ class Motion:
         began_s = time.thread_time()
         if self._works_elsewhere():
             self.still_s = 0.0
-        self._looking_s += time.thread_time() - began_s
+        Motion._looking_s += time.thread_time() - began_s
 
     def where(self) -> tuple[str, bool]:
         """Return where the main thread is, such as `at train.py:12 (main)`, and whether it is in a collective."""
