@@ -86,7 +86,9 @@ def train_command(**options: Any) -> None:
         python train.py --outdir runs --cfg spherehead --img-data imgs.zip --seg-data masks.zip --gpus 8 --batch 32
         torchrun --nnodes 2 --nproc-per-node 8 train.py --outdir runs --cfg eg3d --img-data imgs.zip --batch 32
     """
-    processes = options["gpus"] or distributed.world_size()
+    started, processes = distributed.world_size(), options["gpus"] or distributed.world_size()
+    if distributed.is_worker():
+        require(processes == started, "--gpus", f"{started}, the processes that were started", processes)
     config = make_train_config(options["cfg"], _data_config(options), _settings(options), processes)
     name = run_name(config, processes, options["desc"])
     if options["dry_run"]:

@@ -314,7 +314,10 @@ class Trainer:
         return objects | {name: thing for name, thing in optional.items() if thing is not None}
 
     def _save_state(self) -> None:
+        """Write the training state, after a look that all processes hold the same networks."""
         self._report_skips(self.skipped.flush())
+        for network in (self.G, self.D, self.G_ema):
+            distributed.check_same_across_ranks(network)
         self.stats.gather_to_main()
         if self.ada is not None:
             self.ada.gather_to_main()
