@@ -213,9 +213,7 @@ def synth(
         views_per_identity=views,
         resolution=resolution,
         seed=seed,
-        cameras=CameraRange(
-            yaw_deg=yaw_range, pitch_deg=pitch_range, front_bias=front_bias, focal_jitter=focal_jitter
-        ),
+        cameras=CameraRange(yaw_deg=yaw_range, pitch_deg=pitch_range, front_bias=front_bias, focal_jitter=focal_jitter),
         supersample=supersample,
         with_parsing=parsing,
         extension=extension,

@@ -77,7 +77,7 @@ class SkippedSteps:
         for network, count in self.in_a_row.items():
             if count >= self.limit:
                 raise TrainingDivergedError(
-                    f"training stopped: in {count} optimiser steps in a row the gradients of {network} were not finite. "
+                    f"training stopped: the gradients of {network} were not finite in {count} steps in a row. "
                     + diagnose()
                 )
 

@@ -1,7 +1,7 @@
 """Typed, frozen configuration of a training run.
 
-`train.py` builds a `TrainConfig` from its options and writes it to `options.json`; the training loop reads nothing else.
-Values that change during a run are functions of these fields and of `cur_nimg`, see `training.schedules`.
+`train.py` builds a `TrainConfig` from its options and writes it to `options.json`; training reads nothing else. Values
+that change during a run are functions of these fields and of `cur_nimg`, see `training.schedules`.
 """
 
 from __future__ import annotations
