@@ -184,12 +184,15 @@ def _sample_hair(draw: _Draw, masculine: float) -> Hair:
         curl_frequency=draw.uniform(50.0, 85.0),
         strands=draw.uniform(0.15, 0.5),
         phase=draw.uniform(0.0, 2.0 * math.pi),
-        beard=draw.choice({"0.3": 1, "0.6": 1, "0.95": 2}) == "0.3" and 0.3 or draw.uniform(0.6, 0.95)
-        if bearded
-        else 0.0,
+        beard=_sample_beard(draw) if bearded else 0.0,
         beard_length=draw.uniform(0.0, 0.02) if bearded else 0.0,
         moustache=draw.uniform(0.3, 0.9) if draw.chance(0.3 * masculine) else 0.0,
     )
+
+
+def _sample_beard(draw: _Draw) -> float:
+    """Draw the opacity of a beard: stubble or more."""
+    return 0.3 if draw.chance(0.25) else draw.uniform(0.6, 0.95)
 
 
 def _sample_wear(draw: _Draw) -> Wear:

@@ -8,7 +8,18 @@ from collections.abc import Callable, Sequence
 import torch
 
 from training.image_reading import PARSING_CLASSES
-from training.synthetic_head_geometry import CLOTH, GLASSES, HAIR, HAT, METAL, SKIN, HeadField, Points, nose_tip_y
+from training.synthetic_head_geometry import (
+    CLOTH,
+    GLASSES,
+    HAIR,
+    HAT,
+    METAL,
+    SKIN,
+    HeadField,
+    Points,
+    length,
+    nose_tip_y,
+)
 from training.synthetic_head_parameters import HeadParameters
 
 _CLASS = {name: index for index, name in enumerate(PARSING_CLASSES)}
@@ -316,4 +327,4 @@ class HeadPainter:
             distance = self._field.distance(x + step * corner[0], y + step * corner[1], z + step * corner[2])
             total = [t + sign * distance for t, sign in zip(total, corner)]
         normal = torch.stack(total, dim=1)
-        return normal / torch.linalg.vector_norm(normal, dim=1, keepdim=True).clamp_min(1e-12)
+        return normal / length(normal).clamp_min(1e-12)

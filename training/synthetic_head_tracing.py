@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from camera_utils import split_label
-from training.synthetic_head_geometry import BOX, HeadField, Points
+from training.synthetic_head_geometry import BOX, HeadField, Points, length
 
 BLOCKS = (8, 4)  # sides, in pixels, of the blocks that share a cone, one after the other
 _RELAX = 0.9  # share of the estimated distance that is walked: unions and bumps are no exact distances
@@ -61,7 +61,7 @@ def camera_rays(label: torch.Tensor, u: torch.Tensor, v: torch.Tensor, margin: t
     right = (u - cx - skew * down) / fx
     camera = torch.stack([right, down, torch.ones_like(right)], dim=1)  # [B, 3, N]
     direction = torch.bmm(cam2world[:, :3, :3], camera)
-    direction = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+    direction = direction / length(direction)
     origin = cam2world[:, :3, 3]
     start, end = torch.zeros_like(right), torch.full_like(right, 1e3)
     for axis, (low, high) in enumerate(BOX):

@@ -150,7 +150,7 @@ class _Rendering:
     def _edges(
         self, least: torch.Tensor, met: torch.Tensor, depth: torch.Tensor, materials: torch.Tensor
     ) -> torch.Tensor:
-        """Find pixels [B, H W] that hold more than one thing: neighbours differ, or a surface is near that they miss."""
+        """Find pixels [B, H W] that hold more than one thing: neighbours differ, or a surface is missed by little."""
         size = self.resolution
         depth = torch.where(met, depth, 0.0).reshape(-1, size, size)
         materials = materials.reshape(-1, size, size)
