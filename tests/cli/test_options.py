@@ -182,7 +182,8 @@ def test_example_parses(script, line, tmp_path, monkeypatch):
     several_nodes = ["torchrun", "--nnodes", "2", "--nproc-per-node", "8"]
     assert launcher in (["python"], ["torchrun", "--nproc-per-node", "8"], several_nodes)
     if script == "train.py":
-        monkeypatch.setenv("WORLD_SIZE", "16" if launcher == several_nodes else "1")
+        if launcher == several_nodes:
+            monkeypatch.setenv("WORLD_SIZE", "16")
         for name in ("imgs.zip", "masks.zip"):
             write_files(tmp_path / name, {"a.png": encoded(picture(0, 512))})
     before = sorted(tmp_path.iterdir())
