@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 NUM_FEATURES = 13
 _ONE, _X, _AX, _Y, _Z, _XX, _YY, _ZZ, _AXY, _AXZ, _YZ, _XY, _XZ = range(NUM_FEATURES)
+_FEWEST_POINTS = 16  # below 12, products of matrices on a CPU round in another way
 FAR = 1e4  # a distance beyond everything: the constant of the rows of a primitive that a head does not have
 Vector = Sequence[float]
 
@@ -175,6 +177,10 @@ class FormBatch:
             the circle within its plane, and "<name> along", the signed distance from the plane. "bumps" is the sum of
             the heights of all bumps.
         """
+        num_points = x.shape[1]
+        if num_points < _FEWEST_POINTS:
+            padded = (functional.pad(axis, (0, _FEWEST_POINTS - num_points)) for axis in (x, y, z))
+            return {name: distance[:, :num_points] for name, distance in self.distances(*padded).items()}
         forms = torch.bmm(self._table, position_features(x, y, z))  # [B, rows, M]
         e, c, b, r = len(self._ellipsoids), len(self._capsules), len(self._bumps), len(self._rings)
         lengths = forms[:, : 2 * e].clamp_min_(1e-9).sqrt_()  # rounding may go below 0 in the centre

@@ -58,6 +58,11 @@ def image_by_image(
     return out
 
 
+def _linear_colours(head: HeadParameters) -> torch.Tensor:
+    """Return the colours of one head in linear light, [1, colours, 3]; see :func:`image_by_image`."""
+    return torch.tensor([list(vars(head.colours).values())], dtype=torch.float32) ** _GAMMA
+
+
 class HeadPainter:
     """Colours and parsing classes of a batch of heads.
 
@@ -92,8 +97,7 @@ class HeadPainter:
             "moustache": any(head.hair.moustache > 0.0 for head in heads),
             "necklace": any(head.wear.necklace for head in heads),
         }
-        colours = [[getattr(head.colours, name) for name in vars(heads[0].colours)] for head in heads]
-        table = torch.tensor(colours, dtype=torch.float32, device=device) ** _GAMMA  # [B, colours, 3], linear light
+        table = torch.cat([_linear_colours(head) for head in heads]).to(device)  # [B, colours, 3]
         self._colours = dict(zip(vars(heads[0].colours), table[:, :, :, None].unbind(1)))  # [B, 3, 1] each
         lamp = torch.tensor([head.light.direction for head in heads], dtype=torch.float32, device=device)
         self._lamp = lamp / torch.linalg.vector_norm(lamp, dim=1, keepdim=True)  # [B, 3]
