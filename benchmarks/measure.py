@@ -148,7 +148,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float | None]]:
     """
     memory: dict[str, float | None] = {"peak_mib": None, "extra_mib": None}
     if device.type == "cuda":
-        torch.cuda.resetpeak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield memory
         peak = torch.cuda.max_memory_allocated(device)
