@@ -14,10 +14,10 @@ from dataset_tools.check import check as check_data_set
 from dataset_tools.pack import PackRequest
 from dataset_tools.pack import pack as pack_data_set
 from dataset_tools.synth import SynthRequest, synthesise
-from dataset_tools.transforms import CROPS, EXTENSIONS, FILTERS, Transform
 from dnnlib import cli
 from dnnlib.atomic import atomic_path, atomic_write
 from torch_utils import distributed
+from training.image_transforms import CROPS, EXTENSIONS, FILTERS, Transform
 from training.synthetic_heads import CameraRange
 
 _ROOT = click.Path(path_type=Path)

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset_tools.packing import PackedItem, PackItem
-from dataset_tools.transforms import Extension, Transform, transform_label
 from dataset_tools.writers import Journal, Writer, journal_path, open_writer, publish
 from dnnlib.workers import WorkerDied, map_ordered
 from training.dataset import match_files
 from training.head_labels import collect_labels, parse_labels
 from training.image_reading import ItemNames, Roots
 from training.image_sources import LABELS_NAME, open_source, printable, read_labels_file, without_extension
+from training.image_transforms import Extension, Transform, transform_label
 
 Progress = Callable[[int, int], None]
 """Called with how many images are done, and how many there are."""

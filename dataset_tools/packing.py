@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dataset_tools.transforms import Extension, Transform, encode, load_upright, to_mask, to_parsing, to_rgb
 from training.image_reading import ItemNames, Roots
 from training.image_sources import BadImage, printable
+from training.image_transforms import Extension, Transform, encode, load_upright, to_mask, to_parsing, to_rgb
 
 
 class PackedItem(NamedTuple):

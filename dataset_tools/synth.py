@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from dataset_tools.pack import archive_name
-from dataset_tools.transforms import EXTENSIONS, Extension, encode
 from dataset_tools.writers import Journal, Writer, journal_path, open_writer, publish
 from dnnlib.atomic import atomic_write
 from dnnlib.workers import map_ordered
 from training.config import require
 from training.image_sources import LABELS_NAME
+from training.image_transforms import EXTENSIONS, Extension, encode
 from training.synthetic_heads import RENDERER_VERSION, CameraRange, render_heads, sample_cameras, sample_identity
 
 IMAGES, MASKS, PARSING = "images.zip", "masks.zip", "parsing.zip"

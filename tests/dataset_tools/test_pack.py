@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from dataset_tools.pack import PackRequest, pack
-from dataset_tools.transforms import Transform
 from tests.helpers.head_data import SIDE, HeadFiles, encoded, item_name, picture, write_files
 from training.dataset import HeadDataset
+from training.image_transforms import Transform
 from training.train_config import DataConfig
 
 

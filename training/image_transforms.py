@@ -1,4 +1,4 @@
-"""Crop and resize images of heads, masks, parsing maps and what their labels say of the camera."""
+"""Crop and resize images of heads, masks and parsing maps, and let the cameras of their labels follow."""
 
 from __future__ import annotations
 

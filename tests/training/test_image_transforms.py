@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset_tools.transforms import Transform, encode, load_upright, to_mask, to_parsing, to_rgb, transform_label
 from tests.helpers.head_data import encoded, head_labels
+from training.image_transforms import Transform, encode, load_upright, to_mask, to_parsing, to_rgb, transform_label
 
 
 def gradient(width, height):
