@@ -7,6 +7,7 @@ constructor arguments, their rendering settings and their tensors.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from typing import Any, BinaryIO
 
@@ -15,9 +16,15 @@ import torch
 from torch import nn
 
 from dnnlib import serialize
+from dnnlib.extras import MissingExtraError
+from dnnlib.sources import UNTRAINED_PREFIX, is_untrained, resolve_demo
+from dnnlib.util import open_url
 from torch_utils import checkpoint
 from torch_utils.safe_pickle import PickledObject, named_tensors, read_pickle
+from training.base_network import BasePlace, base_places, missing_base_message, source_identity
 from training.dual_discriminator import Discriminator
+from training.network_difference import NETWORK_NAME, is_difference, network_fingerprint, read_difference
+from training.presets import untrained_generator
 from training.published_kwargs import (
     EG3D_RENDERING,
     discriminator_config_from_kwargs,
@@ -33,15 +40,34 @@ _DISCRIMINATOR_ARGUMENTS = ("c_dim", "img_resolution", "img_channels")
 _PUBLISHED_RENDERING = {"depth_clamp": "batch", "auto_range_of_misses": "nearest"}
 _MAX_ARGUMENT_VALUES = 10_000
 _MAX_ARGUMENT_DEPTH = 20
+_MAX_DIFFERENCES = 4  # on top of each other
 
 
-def load_network_pkl(f: BinaryIO, force_fp16: bool = False, *, only: Collection[str] | None = None) -> dict[str, Any]:
+def load_snapshot(source: str | os.PathLike, *, only: Collection[str] | None = None) -> dict[str, Any]:
+    """Read a snapshot from wherever it is.
+
+    Args:
+        source: a path or URL (see `dnnlib.util.open_url`) of whatever `load_network_pkl` reads; `demo`, the bundled
+            network; or `init:PRESET`, an untrained generator, which stands for `G_ema`.
+        only: as for `load_network_pkl`.
+
+    Returns, raises: as `load_network_pkl`; and OSError, the file cannot be read.
+    """
+    return _load_source(BasePlace(os.fspath(source)), only, ())
+
+
+def load_network_pkl(
+    f: BinaryIO, force_fp16: bool = False, *, only: Collection[str] | None = None, location: str | None = None
+) -> dict[str, Any]:
     """Read a snapshot.
 
     Args:
-        f: a file open for reading, of a published snapshot or of one that `convert_checkpoint.py` wrote.
+        f: a file open for reading, of a published snapshot, of one that `convert_checkpoint.py` wrote, or of a
+            difference from another network (`training.network_difference`), which is looked for.
         force_fp16: accepted for compatibility; True is an error.
         only: networks to build; None is all. The others are then None.
+        location: path or URL of the file, for messages and to find the base of a difference; None is the name of the
+            file object.
 
     Returns:
         dict with `G`, `D` and `G_ema`: live networks in eval mode on the CPU, not requiring gradients, None where the
@@ -49,19 +75,40 @@ def load_network_pkl(f: BinaryIO, force_fp16: bool = False, *, only: Collection[
 
     Raises:
         ValueError: the file is not a snapshot, holds a symbol outside the list of published snapshots (the message
-            names it), is damaged, or its tensors do not fit the networks that it describes.
+            names it), is damaged, or its tensors do not fit the networks that it describes; or it is a difference, and
+            its base is not found.
 
     Differs from the published code: nothing is executed; density noise that training left in the settings is removed;
     and the generator's settings say which published habits its weights need (`RenderingConfig.depth_clamp`, ...).
     """
     if force_fp16:
         raise ValueError("load_network_pkl: force_fp16: expected False; half precision is a field of the configuration")
-    source = str(getattr(f, "name", "snapshot"))
+    return _load_file(f, location or str(getattr(f, "name", "snapshot")), only, ())
+
+
+def _load_source(place: BasePlace, only: Collection[str] | None, chain: tuple[str, ...]) -> dict[str, Any]:
+    if is_untrained(place.source):
+        name = place.source.removeprefix(UNTRAINED_PREFIX)
+        build = only is None or NETWORK_NAME in only
+        return {**_no_networks(), NETWORK_NAME: untrained_generator(name) if build else None}
+    location = resolve_demo(place.source)
+    with open_url(location, fetch=place.may_fetch) as file:
+        return _load_file(file, location, only, chain)
+
+
+def _no_networks() -> dict[str, Any]:
+    return {"training_set_kwargs": None, "augment_pipe": None, **dict.fromkeys(NETWORK_NAMES)}
+
+
+def _load_file(f: BinaryIO, source: str, only: Collection[str] | None, chain: tuple[str, ...]) -> dict[str, Any]:
+    """Read a snapshot in whichever format; `chain` has the differences that led to it."""
     f, head = _peek(f)
-    result: dict[str, Any] = {"training_set_kwargs": None, "augment_pipe": None, **dict.fromkeys(NETWORK_NAMES)}
     if checkpoint.is_checkpoint(head):
-        return result | load_networks(f, source, only)
-    data = read_pickle(f, source=source)
+        if is_difference(f):
+            wanted = only is None or NETWORK_NAME in only
+            return {**_no_networks(), NETWORK_NAME: _load_difference(f, source, chain) if wanted else None}
+        return _no_networks() | load_networks(f, source, only)
+    result, data = _no_networks(), read_pickle(f, source=source)
     if not isinstance(data, dict) or not any(name in data for name in NETWORK_NAMES):
         kind = f"a dict with {', '.join(map(str, list(data)[:8]))}" if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{source}: expected a dict with {', '.join(NETWORK_NAMES)}, got {kind}")
@@ -71,6 +118,29 @@ def load_network_pkl(f: BinaryIO, force_fp16: bool = False, *, only: Collection[
     result["training_set_kwargs"] = data.get("training_set_kwargs")
     result["augment_pipe"] = data.get("augment_pipe")
     return result
+
+
+def _load_difference(f: BinaryIO, source: str, chain: tuple[str, ...]) -> TriPlaneGenerator:
+    """Read a difference, find its base, and build the tuned generator."""
+    difference, chain = read_difference(f, source), (*chain, source_identity(source))
+    if len(chain) > _MAX_DIFFERENCES:
+        raise ValueError(f"{source}: expected at most {_MAX_DIFFERENCES} differences on top of each other, got more")
+    reference, reasons = difference.header.base, []
+    for place in base_places(reference, source):
+        if place.identity in chain:
+            reasons.append(f"{place.source} is this difference itself, or one that is built on it")
+            continue
+        try:
+            base = _load_source(place, [NETWORK_NAME], chain)[NETWORK_NAME]
+        except (ValueError, OSError, MissingExtraError) as error:
+            reasons.append(str(error))
+            continue
+        came = None if base is None else network_fingerprint(base)
+        if came == reference.fingerprint:
+            return difference.apply(base)
+        other = f"no {NETWORK_NAME}" if came is None else f"another network, with the fingerprint {came[:12]}"
+        reasons.append(f"{place.source} has {other}")
+    raise ValueError(missing_base_message(source, reference, reasons))
 
 
 def _peek(f: BinaryIO) -> tuple[BinaryIO, bytes]:

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from dataset_tools.synth import IMAGES, MASKS, SynthRequest, synthesise
 from dnnlib import cli, serialize
 from dnnlib.extras import has_extra
-from dnnlib.util import open_url
-from legacy import load_network_pkl
+from legacy import load_snapshot
 from torch_utils import distributed
 from torch_utils.launch import launch
 from training.config import require
@@ -208,8 +207,7 @@ def _load_start(config: TrainConfig) -> dict[str, torch.nn.Module]:
     """Load the networks that a run starts from; none without `--resume-from`."""
     if config.resume_from is None:
         return {}
-    with open_url(config.resume_from) as file:
-        networks = load_network_pkl(file)
+    networks = load_snapshot(config.resume_from)
     return {name: networks[name] for name in NETWORK_NAMES if networks[name] is not None}
 
 

@@ -232,14 +232,14 @@ def network_option() -> Decorator:
         required=True,
         metavar="NETWORK",
         callback=_not_blank,
-        help="Snapshot: a path, an http(s):// URL, hf://org/repo/file, or init:PRESET for an untrained network. "
-        "A URL may end in #sha256=<hex>.",
+        help="Snapshot: a path, an http(s):// URL, hf://org/repo/file, demo for the bundled network, or init:PRESET "
+        "for an untrained one. A URL may end in #sha256=<hex>.",
     )
 
 
 def _not_blank(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not value.strip():
-        raise click.BadParameter("expected a path, a URL or init:PRESET; came nothing", ctx=ctx, param=param)
+        raise click.BadParameter("expected a path, a URL, demo or init:PRESET; came nothing", ctx=ctx, param=param)
     return value
 
 

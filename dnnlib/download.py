@@ -60,13 +60,14 @@ def _notice(text: str, verbose: bool) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def fetch_hf(url: str, cache_dir: str | os.PathLike | None, sha256: str | None) -> Path:
+def fetch_hf(url: str, cache_dir: str | os.PathLike | None, sha256: str | None, fetch: bool = True) -> Path:
     """Fetch hf://org/repo/path/in/repo[@revision] through huggingface_hub, which keeps a cache of its own.
 
     Args:
         url: the revision may also stand after the repository, as in hf://org/repo@revision/path.
         cache_dir: None is the cache of huggingface_hub.
         sha256: hex digest that the bytes must have, or None.
+        fetch: False takes only what the cache has.
 
     Returns:
         The path of the local file.
@@ -74,6 +75,7 @@ def fetch_hf(url: str, cache_dir: str | os.PathLike | None, sha256: str | None) 
     Raises:
         ValueError: another form of URL, or other bytes than asked for.
         DownloadError: huggingface_hub finds no such file.
+        FileNotFoundError: it may not fetch, and the file is not in its cache.
         MissingExtraError: huggingface_hub is not installed.
     """
     match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/([^@]+)(?:@(.+))?", url)
@@ -81,13 +83,19 @@ def fetch_hf(url: str, cache_dir: str | os.PathLike | None, sha256: str | None) 
         raise ValueError(f"{url}: expected hf://org/repo/path/in/repo[@revision]")
     repo, early_revision, filename, late_revision = match.groups()
     hub = import_extra("huggingface_hub", "hub")
+    options = {"revision": late_revision or early_revision, "cache_dir": cache_dir}
+    if not fetch:
+        options["local_files_only"] = True
     try:
-        path = Path(hub.hf_hub_download(repo, filename, revision=late_revision or early_revision, cache_dir=cache_dir))
+        path = Path(hub.hf_hub_download(repo, filename, **options))
     except Exception as error:  # its exceptions differ between versions; all mean that there is no file
+        if not fetch:
+            raise FileNotFoundError(f"{url}: not in the cache of huggingface_hub") from error
         raise DownloadError(f"{url}: {' '.join(str(error).split())}") from error
     if sha256 is not None and (came := file_sha256(path)) != sha256.lower():
-        for stale in (path.resolve(), path):  # the blob and the link to it
-            stale.unlink(missing_ok=True)
+        if fetch:  # else nobody wants to replace what is there
+            for stale in (path.resolve(), path):  # the blob and the link to it
+                stale.unlink(missing_ok=True)
         check_sha256(url, came, sha256)
     return path
 
@@ -122,6 +130,18 @@ def open_http(url: str, cache_root: Path | None, *, num_attempts: int, verbose: 
             _notice(f"The cached copy of {url} does not match its sha256; fetching it again", verbose)
         fetch.into_cache(entry)
         return open(entry.data, "rb")
+
+
+def open_cached(url: str, cache_root: Path, sha256: str | None) -> BinaryIO:
+    """Open what the cache has of an http(s) URL, fetching nothing; arguments as `open_http`.
+
+    Raises:
+        FileNotFoundError: the cache has no such file, or its bytes are not the recorded ones or those asked for.
+    """
+    file = _CacheEntry.of(url, cache_root).open_verified(sha256)
+    if file is None:
+        raise FileNotFoundError(f"{url}: not in the cache")
+    return file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dnnlib.atomic import atomic_path, atomic_write
-from dnnlib.download import DownloadError, check_sha256, fetch_hf, file_sha256, open_http
+from dnnlib.download import DownloadError, check_sha256, fetch_hf, file_sha256, open_cached, open_http
+from dnnlib.sources import UNTRAINED_PREFIX, is_untrained, local_path, url_scheme
 
 __all__ = ["DownloadError", "EasyDict", "atomic_path", "atomic_write", "file_sha256", "open_url", "source_name"]
 
@@ -46,6 +46,7 @@ def open_url(
     return_filename: bool = False,
     cache: bool = True,
     sha256: str | None = None,
+    fetch: bool = True,
 ) -> Any:
     """Open a local or remote file for reading.
 
@@ -63,6 +64,7 @@ def open_url(
         return_filename: return the name of the local file instead of a file object.
         cache: False fetches http(s) into a temporary file that vanishes when it is closed.
         sha256: hex digest that the bytes must have, or None for no such check.
+        fetch: False uses the network for nothing: a remote file that is not in the cache is a FileNotFoundError.
 
     Returns:
         A binary file object, or with ``return_filename`` a str.
@@ -76,21 +78,23 @@ def open_url(
     hf:// is new. A Google Drive page that asks for confirmation is an error instead of being followed.
     """
     text = os.fspath(url)
-    scheme = _scheme(text)
+    scheme = url_scheme(text)
     if not scheme:
         return _open_local(Path(text), text, sha256, return_filename)
     text, sha256 = _split_fragment(text, sha256)
     if scheme == "file":
-        local = Path(urllib.request.url2pathname(urllib.parse.urlsplit(text).path))
-        return _open_local(local, text, sha256, return_filename)
+        return _open_local(local_path(text), text, sha256, return_filename)
     if scheme == "hf":
-        return _open_local(fetch_hf(text, cache_dir, sha256), text, None, return_filename)
+        return _open_local(fetch_hf(text, cache_dir, sha256, fetch), text, None, return_filename)
     if scheme not in ("http", "https"):
         raise ValueError(f"{text}: expected a path, file://, http(s):// or hf://, came the scheme {scheme!r}")
     if return_filename and not cache:
         raise ValueError(f"{text}: return_filename: expected cache=True with it, came cache=False")
     root = Path(cache_dir or os.environ.get("SPHEREHEAD_CACHE_DIR") or "~/.cache/spherehead").expanduser()
-    file = open_http(text, root if cache else None, num_attempts=num_attempts, verbose=verbose, sha256=sha256)
+    if fetch:
+        file = open_http(text, root if cache else None, num_attempts=num_attempts, verbose=verbose, sha256=sha256)
+    else:
+        file = open_cached(text, root, sha256)
     if not return_filename:
         return file
     file.close()
@@ -102,24 +106,18 @@ def source_name(url: str | os.PathLike) -> str:
 
     >>> source_name("https://example.org/a/head.pkl?download=1#sha256=00")
     'head'
-    >>> source_name("hf://org/repo/heads/large.safetensors@v2"), source_name("init:debug")
-    ('large', 'debug')
+    >>> source_name("hf://org/repo/heads/large.safetensors@v2"), source_name("init:debug"), source_name("demo")
+    ('large', 'debug', 'demo')
     """
     text = os.fspath(url)
-    if text.startswith("init:"):
-        stem = text[len("init:") :]
-    elif scheme := _scheme(text):
+    if is_untrained(text):
+        stem = text.removeprefix(UNTRAINED_PREFIX)
+    elif scheme := url_scheme(text):
         basename = urllib.parse.unquote(urllib.parse.urlsplit(text).path).rsplit("/", 1)[-1]
         stem = Path(basename.split("@")[0] if scheme == "hf" else basename).stem
     else:
         stem = Path(text).stem
     return re.sub(r"[^\w.+-]", "_", stem)[-80:] or "network"
-
-
-def _scheme(text: str) -> str:
-    """Return the lower-case URL scheme, or "" for a path."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
-    return match.group(1).lower() if match else ""
 
 
 def _open_local(path: Path, shown: str, sha256: str | None, return_filename: bool) -> BinaryIO | str:

@@ -6,22 +6,13 @@ from pathlib import Path
 
 import torch
 
-from dnnlib.util import open_url
-from legacy import load_network_pkl
+from dnnlib.sources import is_untrained as is_untrained
+from legacy import load_snapshot
 from torch_utils.distributed import resolve_device
 from torch_utils.memory import keep_freed_memory
 from training.config import require
-from training.presets import generator_preset
 from training.triplane import TriPlaneGenerator
 from training.volumetric_rendering.renderer import RendererChoice
-
-_INIT_PREFIX = "init:"
-_INIT_SEED = 0
-
-
-def is_untrained(source: str | Path) -> bool:
-    """Whether a source names a preset, whose weights are random."""
-    return str(source).startswith(_INIT_PREFIX)
 
 
 def load_generator(
@@ -30,8 +21,9 @@ def load_generator(
     """Load a generator for inference.
 
     Args:
-        source: a published pickle or a converted safetensors file, as a path, an http(s) URL or `hf://org/repo/file`;
-            or `init:PRESET`, an untrained generator (always the same weights).
+        source: a published pickle, a converted safetensors file or a difference from another network, as a path, an
+            http(s) URL or `hf://org/repo/file`; `demo`, the bundled network; or `init:PRESET`, an untrained generator
+            (always the same weights).
         device: where to put it; 'auto' is a GPU if there is one. For a GPU, cuDNN is told to be deterministic; for a
             CPU, freed memory is kept (see `torch_utils.memory.keep_freed_memory`).
         renderer: what renders the volume; see `ImportanceRenderer`.
@@ -40,8 +32,8 @@ def load_generator(
         The moving average of the generator (`G_ema`), in eval mode, not requiring gradients.
 
     Raises:
-        ValueError: the file is no snapshot, or holds no `G_ema`; or the device is not there; or a fused renderer is
-            asked for and not there.
+        ValueError: the file is no snapshot, or holds no `G_ema`; or it is a difference whose base is not found; or the
+            device is not there; or a fused renderer is asked for and not there.
         OSError: the file cannot be read.
     """
     device = resolve_device(str(device))
@@ -50,14 +42,7 @@ def load_generator(
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     if device.type == "cpu":
         keep_freed_memory()
-    if is_untrained(source):
-        config = generator_preset(str(source).removeprefix(_INIT_PREFIX))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_INIT_SEED)
-            generator = TriPlaneGenerator.from_config(config).eval().requires_grad_(False)
-    else:
-        with open_url(str(source)) as file:
-            generator = load_network_pkl(file, only=["G_ema"])["G_ema"]
-        require(generator is not None, str(source), "a network G_ema", None)
+    generator = load_snapshot(source, only=["G_ema"])["G_ema"]
+    require(generator is not None, str(source), "a network G_ema", None)
     generator.renderer.choose(renderer, device)
     return generator.to(device)

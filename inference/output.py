@@ -13,8 +13,8 @@ import imageio_ffmpeg
 import numpy as np
 
 from dnnlib.atomic import atomic_path
+from dnnlib.sources import local_path
 from dnnlib.util import source_name
-from inference.loading import is_untrained
 from torch_utils.pictures import save_png as save_png
 from training.config import require
 
@@ -25,13 +25,13 @@ def output_folder(network: str, outdir: Path | None, pose_cond_deg: float) -> Pa
     """Return the published folder of a network's samples.
 
     That is `<outdir>/<network name>_<pose_cond>`, or without `outdir` `samples_<network name>` beside the network (in
-    the working directory for a URL or a preset).
+    the working directory for a URL, a preset or the bundled network).
     """
     name = source_name(network)
     if outdir is not None:
         return outdir / f"{name}_{pose_cond_deg:g}"
-    is_path = "://" not in network and not is_untrained(network)
-    parent = Path(network).parent if is_path else Path()
+    path = local_path(network)
+    parent = Path() if path is None else path.parent
     return parent / f"samples_{name}"
 
 

@@ -1,20 +1,24 @@
 """Large safetensors files, written and read tensor by tensor, with a checksum.
 
-For training states: `torch_utils.checkpoint` has the whole file in memory, which networks are small enough for.
+For training states and differences of networks: `torch_utils.checkpoint` has the whole file in memory, which networks
+are small enough for.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import operator
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import safetensors
+import safetensors.torch
 import torch
 
 from dnnlib.atomic import atomic_write
@@ -125,19 +129,52 @@ def check_tensor_file(path: str | Path, kind: str, checksum: bool = True) -> Non
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        start, text = _read_header(file, kind)
-        size = file.seek(0, 2)
-        expected = start + _data_bytes(text)
-        if size != expected:
-            raise ValueError(f"expected {expected:,} bytes, got {size:,}; it was cut off or added to")
-        if checksum:
-            file.seek(start)
-            expected = json.loads(text)["__metadata__"].get("crc32", "missing").encode()
-            came = zlib.crc32(text.replace(expected, _NO_CHECKSUM.encode(), 1))
-            while chunk := file.read(_CHUNK_BYTES):
-                came = zlib.crc32(chunk, came)
-            if b"%08x" % came != expected:
-                raise ValueError("its checksum does not match; the contents are damaged")
+        _check(file, kind, checksum)
+
+
+def _check(file: IO[bytes], kind: str, checksum: bool) -> None:
+    start, text = _read_header(file, kind)
+    size = file.seek(0, 2)
+    expected = start + _data_bytes(text)
+    if size != expected:
+        raise ValueError(f"expected {expected:,} bytes, got {size:,}; it was cut off or added to")
+    if checksum:
+        file.seek(start)
+        expected = str(json.loads(text)["__metadata__"].get("crc32", "missing")).encode()
+        came = zlib.crc32(text.replace(expected, _NO_CHECKSUM.encode(), 1))
+        while chunk := file.read(_CHUNK_BYTES):
+            came = zlib.crc32(chunk, came)
+        if b"%08x" % came != expected:
+            raise ValueError("its checksum does not match; the contents are damaged")
+
+
+def tensor_file_kind(file: BinaryIO) -> str | None:
+    """Return the kind that a file says it is of, or None where it says nothing; the file stays where it stands."""
+    position = file.tell()
+    try:
+        kind = json.loads(_read_text(file))["__metadata__"]["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    finally:
+        file.seek(position)
+    return kind if isinstance(kind, str) else None
+
+
+def read_tensor_file(file: BinaryIO, kind: str) -> tuple[dict[str, torch.Tensor], Any]:
+    """Read the rest of an open file: all tensors, on the CPU, and the header.
+
+    The file is in memory twice meanwhile; `open_tensor_file` reads tensor by tensor.
+
+    Raises:
+        ValueError: it is not whole, or of another kind; the message says what is wrong, without the name.
+    """
+    data = file.read()
+    _check(io.BytesIO(data), kind, checksum=True)
+    _, text = _read_header(io.BytesIO(data), kind)
+    try:
+        return safetensors.torch.load(data), json.loads(json.loads(text)["__metadata__"]["header"])
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"its contents are damaged: {error}") from error
 
 
 @contextmanager
@@ -162,11 +199,7 @@ def open_tensor_file(path: str | Path, kind: str) -> Iterator[TensorFile]:
 
 def _read_header(file: IO[bytes], kind: str) -> tuple[int, bytes]:
     """Return where the data begin, and the text of the header; ValueError if it is not of this kind."""
-    prefix = file.read(_LENGTH_BYTES)
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else 0
-    text = file.read(length) if 0 < length <= _MAX_HEADER_BYTES else b""
-    if not text or len(text) != length:
-        raise ValueError("its header is cut off")
+    text = _read_text(file)
     try:
         metadata = json.loads(text)["__metadata__"]
         came, version = metadata["format"], metadata["version"]
@@ -176,13 +209,24 @@ def _read_header(file: IO[bytes], kind: str) -> tuple[int, bytes]:
         raise ValueError(f"expected contents of kind {kind!r}, got {came!r}")
     if version != str(FORMAT_VERSION):
         raise ValueError(f"expected format version {FORMAT_VERSION}, got {version!r}")
-    return _LENGTH_BYTES + length, text
+    return _LENGTH_BYTES + len(text), text
+
+
+def _read_text(file: IO[bytes]) -> bytes:
+    """Read the JSON text at the start of a file; ValueError if it ends before."""
+    prefix = file.read(_LENGTH_BYTES)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else 0
+    text = file.read(length) if 0 < length <= _MAX_HEADER_BYTES else b""
+    if not text or len(text) != length:
+        raise ValueError("its header is cut off")
+    return text
 
 
 def _data_bytes(text: bytes) -> int:
     """Return the length of the data by the header."""
     entries = json.loads(text)
     try:
-        return max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+        ends = (entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+        return max(map(operator.index, ends), default=0)
     except (KeyError, TypeError, IndexError):
         raise ValueError("its header is damaged") from None

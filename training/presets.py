@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from training.config import GeneratorConfig, RenderingConfig, SuperresolutionConfig, SynthesisConfig, require
+import torch
 
+from training.config import GeneratorConfig, RenderingConfig, SuperresolutionConfig, SynthesisConfig, require
+from training.triplane import TriPlaneGenerator
+
+_UNTRAINED_SEED = 0
 _CAMERA_HINTS = {"avg_camera_radius": 2.7, "avg_camera_pivot": [0, 0, 0.2]}
 
 GENERATOR_PRESETS = {
@@ -47,3 +51,15 @@ def generator_preset(name: str) -> GeneratorConfig:
     """Return the configuration of a preset; `ValueError` for an unknown name."""
     require(name in GENERATOR_PRESETS, "preset", f"one of {', '.join(GENERATOR_PRESETS)}", name)
     return GENERATOR_PRESETS[name]
+
+
+def untrained_generator(name: str) -> TriPlaneGenerator:
+    """Build the generator of a preset with random weights, always the same, in eval mode and without gradients.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    config = generator_preset(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_UNTRAINED_SEED)
+        return TriPlaneGenerator.from_config(config).eval().requires_grad_(False)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import nn
 
 from dnnlib import serialize
@@ -24,13 +25,17 @@ _KINDS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
 OPTIONAL_TENSORS = frozenset({"dataset_label_std"})
 
 
-def save_networks(path: str | Path, networks: Mapping[str, nn.Module], provenance: Mapping[str, Any]) -> None:
+def save_networks(
+    path: str | Path, networks: Mapping[str, nn.Module], provenance: Mapping[str, Any], *, half: bool = False
+) -> None:
     """Write networks to a safetensors file.
 
     Args:
         path: of the file, which appears complete or not at all.
         networks: generators and discriminators by name, of `NETWORK_NAMES`.
         provenance: JSON data that says where the weights come from.
+        half: round to float16, which halves the file; loading converts to the types of the modules, and does not bring
+            the digits back. A tensor that has a number beyond 65504 keeps its type.
 
     Raises:
         ValueError: for a network of another name.
@@ -42,8 +47,17 @@ def save_networks(path: str | Path, networks: Mapping[str, nn.Module], provenanc
     for name, network in networks.items():
         kind = "discriminator" if isinstance(network, Discriminator) else "generator"
         header["networks"][name] = {"kind": kind, "config": serialize.to_json(network.config)}
-        tensors.update({f"{name}.{key}": tensor for key, tensor in network.state_dict().items()})
+        state = network.state_dict()
+        tensors.update({f"{name}.{key}": _rounded(tensor) if half else tensor for key, tensor in state.items()})
     checkpoint.write_checkpoint(path, tensors, header)
+
+
+def _rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float16, or as it is where that cannot hold its numbers or they are whole ones."""
+    if not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.half()
+    return tensor if (rounded.isinf() & ~tensor.isinf()).any() else rounded
 
 
 def load_networks(
