@@ -148,7 +148,12 @@ def load_upright(data: bytes) -> Image.Image:
     if max(image.size) > 1 << 15:
         raise BadImage(f"expected at most 32768 pixels a side, came {image.width} x {image.height}")
     pixels(image)  # decodes, with errors that are named
-    return ImageOps.exif_transpose(image)
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # of many types, for what may be in damaged EXIF data
+        raise BadImage(f"cannot be turned upright by its EXIF data: {error}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

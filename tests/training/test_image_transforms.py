@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.head_data import encoded, head_labels
+from training.image_sources import BadImage
 from training.image_transforms import Transform, encode, load_upright, to_mask, to_parsing, to_rgb, transform_label
 
 
@@ -111,6 +112,15 @@ def test_exif_orientation_is_followed():
     upright = load_upright(encoded(image, "PNG", exif=exif))
     assert upright.size == (8, 16)
     assert (np.asarray(upright) == np.asarray(image.transpose(Image.Transpose.ROTATE_270))).all()
+
+
+def test_exif_data_that_are_damaged_are_named():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    damaged = exif.tobytes().replace(b"II*\0", b"IX*\0").replace(b"MM\0*", b"MX\0*")
+    assert damaged != exif.tobytes()
+    with pytest.raises(BadImage, match="upright by its EXIF data: not a TIFF file"):
+        load_upright(encoded(gradient(16, 8), "PNG", exif=damaged))
 
 
 @pytest.mark.parametrize(
