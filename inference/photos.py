@@ -56,7 +56,7 @@ class Photo:
     mask: torch.Tensor | None = None
     """float32 [1, 1, R, R] in [0, 1], 1 on the head; None where there is none."""
     note: str | None = None
-    """A line that says what the crop did; None if there was nothing to crop."""
+    """A line on what the crop changed, and on enlarging; None if there is nothing to say."""
 
 
 # Finding --------------------------------------------------------------------------------------------------------------
@@ -331,17 +331,19 @@ def _planes(image: Image.Image) -> torch.Tensor:
 
 
 def _note(geometry: Geometry, label: list[float], camera_of: CameraOf) -> str | None:
-    """Return what a crop did to a photo and its camera."""
-    if not geometry.moves_rays:
-        return None
+    """Return what cropping and enlarging did to a photo and its camera."""
     left, top, right, bottom = geometry.box
-    text = f"cropped {geometry.source[0]} x {geometry.source[1]} to the {right - left} x {bottom - top} in its middle"
-    if camera_of == "crop":
-        return f"{text}, which the camera describes"
-    text += f"; focal lengths became {label[16]:g}, {label[20]:g}"
-    if abs(label[16] / label[20] - 1) > _SQUARE_TOLERANCE:
-        text += " (pixels that are not square: if the label describes a square already, store the photo so)"
-    return text
+    side, resolution = right - left, geometry.canvas[0]
+    texts = [f"enlarged from {side} x {side} to {resolution} x {resolution}"] if side < resolution else []
+    if geometry.moves_rays:
+        width, height = geometry.source
+        text = f"cropped {width} x {height} to the {side} x {bottom - top} in the middle"
+        if camera_of == "stored image":
+            text += f", where the focal lengths are {label[16]:g} and {label[20]:g} image widths"
+            if abs(label[16] / label[20] - 1) > _SQUARE_TOLERANCE:
+                text += " (as if pixels were not square: does the label describe a square already?)"
+        texts.insert(0, text)
+    return "; ".join(texts) or None
 
 
 @contextlib.contextmanager
