@@ -432,6 +432,9 @@ def test_real_photos_are_read_with_their_masks(shared_dir):
     assert names_of(list_photos(photos / "0")) == ["0"]
     for file in list_photos(photos / "panohead" / "img", mask=photos / "panohead" / "seg"):
         photo = read_photo(file, 64)
-        assert photo.image.shape == (1, 3, 64, 64) and photo.label.shape == (1, 25)
+        square = Image.open(file.image).resize((64, 64), Image.Resampling.LANCZOS)  # as published
+        shown = ((photo.image[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+        assert (shown == np.asarray(square)).all()
+        torch.testing.assert_close(photo.label[0], file.label.float(), **EXACT)
         corner, middle = photo.mask[0, 0, 0, 0], photo.mask[0, 0, 32, 32]
         assert corner == 0 and middle > 0.99  # 254 of 255
