@@ -11,6 +11,7 @@ from pathlib import Path
 DEMO_NAME = "demo"
 DEMO_PATH = Path(__file__).resolve().parents[1] / "models" / "demo.safetensors"
 UNTRAINED_PREFIX = "init:"
+_HF_FILE = re.compile(r"(hf://[^/@]+/[^/@]+(?:@[^/]+)?/)([^@#]+)(@[^#]+)?(?:#.*)?")  # repository, path, revision
 
 
 def is_untrained(source: str | os.PathLike) -> bool:
@@ -59,13 +60,14 @@ def file_name(source: str | os.PathLike) -> str:
     >>> file_name("https://example.org/a/my%20head.pkl?download=1"), file_name("hf://org/repo/b/large.pkl@v2")
     ('my head.pkl', 'large.pkl')
     """
-    path, scheme = local_path(source), url_scheme(source)
+    path = local_path(source)
     if path is not None:
         return path.name
-    if not scheme:
+    if match := _HF_FILE.fullmatch(os.fspath(source)):
+        return match[2].rpartition("/")[2]
+    if not url_scheme(source):
         return ""
-    name = urllib.parse.unquote(urllib.parse.urlsplit(os.fspath(source)).path).rpartition("/")[2]
-    return name.split("@")[0] if scheme == "hf" else name
+    return urllib.parse.unquote(urllib.parse.urlsplit(os.fspath(source)).path).rpartition("/")[2]
 
 
 def url_beside(url: str, name: str) -> str | None:
@@ -82,12 +84,11 @@ def url_beside(url: str, name: str) -> str | None:
     """
     if not name or name in (".", "..") or re.search(r"[/\\@\x00-\x1f]", name):
         return None
-    scheme = url_scheme(url)
-    if scheme == "hf":
-        folder, _, last = url.partition("#")[0].rpartition("/")
-        _, at, revision = last.partition("@")
-        return f"{folder}/{name}{at}{revision}" if folder.count("/") >= 3 else None
-    if scheme not in ("http", "https"):
+    if match := _HF_FILE.fullmatch(url):
+        repository, path, revision = match.groups(default="")
+        folder, slash, _ = path.rpartition("/")
+        return f"{repository}{folder}{slash}{name}{revision}"
+    if url_scheme(url) not in ("http", "https"):
         return None
     parts = urllib.parse.urlsplit(url)
     path = f"{parts.path.rpartition('/')[0]}/{urllib.parse.quote(name)}"

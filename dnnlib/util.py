@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from dnnlib.atomic import atomic_path, atomic_write
 from dnnlib.download import DownloadError, check_sha256, fetch_hf, file_sha256, open_cached, open_http
-from dnnlib.sources import UNTRAINED_PREFIX, is_untrained, local_path, url_scheme
+from dnnlib.sources import UNTRAINED_PREFIX, file_name, is_demo, is_untrained, local_path, url_scheme
 
 __all__ = ["DownloadError", "EasyDict", "atomic_path", "atomic_write", "file_sha256", "open_url", "source_name"]
 
@@ -112,11 +112,8 @@ def source_name(url: str | os.PathLike) -> str:
     text = os.fspath(url)
     if is_untrained(text):
         stem = text.removeprefix(UNTRAINED_PREFIX)
-    elif scheme := url_scheme(text):
-        basename = urllib.parse.unquote(urllib.parse.urlsplit(text).path).rsplit("/", 1)[-1]
-        stem = Path(basename.split("@")[0] if scheme == "hf" else basename).stem
     else:
-        stem = Path(text).stem
+        stem = text if is_demo(text) else Path(file_name(text)).stem
     return re.sub(r"[^\w.+-]", "_", stem)[-80:] or "network"
 
 
