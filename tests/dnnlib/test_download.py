@@ -255,6 +255,19 @@ def test_open_url_http_many_threads_without_locks_agree(server, cache, monkeypat
     assert len(stored(cache)) == 2
 
 
+def test_open_url_without_fetching_takes_only_what_is_cached(server, cache):
+    url = f"{server.url}/file.pkl"
+    with pytest.raises(FileNotFoundError, match="file.pkl: not in the cache"):
+        open_url(url, fetch=False)
+    assert server.requests == 0 and not cache.exists()
+    read(url)
+    assert read(url, fetch=False) == read(f"{url}#sha256={DIGEST}", fetch=False) == BODY
+    with pytest.raises(FileNotFoundError, match="not in the cache"):
+        open_url(f"{url}#sha256={'0' * 64}", fetch=False)
+    assert read(url, fetch=False) == BODY  # still there
+    assert server.requests == 1
+
+
 def test_open_url_hf_not_installed_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtraError, match=r"pip install -e '\.\[hub\]'"):
@@ -269,9 +282,9 @@ def hub(monkeypatch, tmp_path):
     link.symlink_to(blob)
     calls = []
 
-    def hf_hub_download(repo_id, filename, *, revision, cache_dir):
+    def hf_hub_download(repo_id, filename, *, revision, cache_dir, local_files_only=False):
         calls.append((repo_id, filename, revision, cache_dir))
-        if "absent" in filename:
+        if "absent" in filename or (local_files_only and "cached" not in filename):
             raise RuntimeError("404:\nno such entry")
         return str(link)
 
@@ -303,3 +316,12 @@ def test_open_url_hf_wrong_sha256_raises_and_keeps_nothing(hub):
         open_url("hf://org/repo/file.pkl", sha256="0" * 64)
     assert not hub.blob.exists()
     assert not hub.link.is_symlink()
+
+
+def test_open_url_hf_without_fetching_asks_the_cache_of_the_hub_and_removes_nothing(hub):
+    with pytest.raises(FileNotFoundError, match="^hf://org/repo/file.pkl: not in the cache"):
+        open_url("hf://org/repo/file.pkl", fetch=False)
+    assert read("hf://org/repo/cached.pkl", fetch=False) == BODY
+    with pytest.raises(ValueError, match="expected sha256 0000"):
+        open_url("hf://org/repo/cached.pkl", sha256="0" * 64, fetch=False)
+    assert hub.blob.exists()

@@ -99,7 +99,10 @@ def test_open_url_two_different_digests_raises_value_error():
         ("https://example.org/a/head%20one.pkl?download=1#sha256=00", "head_one"),
         ("hf://org/repo/heads/large.safetensors@v2", "large"),
         ("hf://org/repo@v2/heads/large.safetensors", "large"),
+        ("hf://org/repo/heads/large.safetensors@refs/pr/1", "large"),
+        ("file:///a/b%20c.pkl", "b_c"),
         ("init:debug", "debug"),
+        ("demo", "demo"),
         ("https://example.org/", "network"),
     ],
 )

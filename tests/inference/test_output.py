@@ -36,6 +36,10 @@ def write_frames(path: Path, frames: list[np.ndarray], **settings) -> None:
         ("hf://org/repo/sub/head.pkl@v1", None, "samples_head"),
         ("init:debug", "out", "out/debug_90"),
         ("init:debug", None, "samples_debug"),
+        ("demo", "out", "out/demo_90"),
+        ("demo", None, "samples_demo"),
+        ("./demo", None, "samples_demo"),
+        ("out/a photo/tuned.safetensors", None, "out/a photo/samples_tuned"),
     ],
 )
 def test_output_folder_is_the_published_one(network, outdir, expected):

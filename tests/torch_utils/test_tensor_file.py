@@ -1,5 +1,6 @@
 """Files of tensors are in the safetensors format, whole, and read one tensor at a time."""
 
+import io
 import json
 import struct
 import tracemalloc
@@ -9,7 +10,13 @@ import safetensors.torch
 import torch
 
 from torch_utils import tensor_file
-from torch_utils.tensor_file import check_tensor_file, open_tensor_file, write_tensor_file
+from torch_utils.tensor_file import (
+    check_tensor_file,
+    open_tensor_file,
+    read_tensor_file,
+    tensor_file_kind,
+    write_tensor_file,
+)
 
 KIND = "test"
 DTYPES = [*tensor_file._DTYPES]
@@ -102,3 +109,47 @@ def test_check_without_checksum_reads_header_and_length_alone(tmp_path):
     (tmp_path / "a").write_bytes(data[:-1])
     with pytest.raises(ValueError, match="cut off"):
         check_tensor_file(tmp_path / "a", KIND, checksum=False)
+
+
+# Open files, which need not have a path.
+
+
+def test_read_tensor_file_gives_all_tensors_and_the_header(tmp_path):
+    tensors = some_tensors()
+    write_tensor_file(tmp_path / "a", KIND, tensors, [1])
+    file = io.BytesIO(b"before" + (tmp_path / "a").read_bytes())
+    file.seek(6)
+    assert tensor_file_kind(file) == KIND and file.tell() == 6
+    loaded, header = read_tensor_file(file, KIND)
+    assert header == [1] and loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x80\x04pickle", b"\xff" * 16, b"\x02" + bytes(7) + b"{}", b"\x02" + bytes(7) + b"[]"]
+)
+def test_tensor_file_kind_of_other_files_is_none(data):
+    assert tensor_file_kind(io.BytesIO(data)) is None
+    with pytest.raises(ValueError, match="its header is"):
+        read_tensor_file(io.BytesIO(data), KIND)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"data_offsets": [0, "8"]}, {"data_offsets": [0, 1.5]}, {"data_offsets": 5}, {}, [], None, "x"]
+)
+def test_read_tensor_file_with_nonsense_for_offsets_raises_value_error(entry):
+    metadata = {"format": KIND, "version": "1", "crc32": 5, "header": "null"}
+    text = json.dumps({"__metadata__": metadata, "a": entry}).encode()
+    with pytest.raises(ValueError, match="its header is damaged"):
+        read_tensor_file(io.BytesIO(struct.pack("<Q", len(text)) + text), KIND)
+
+
+def test_read_tensor_file_cut_off_or_damaged_raises_value_error(tmp_path):
+    write_tensor_file(tmp_path / "a", KIND, some_tensors(), None)
+    data = (tmp_path / "a").read_bytes()
+    with pytest.raises(ValueError, match="cut off or added to"):
+        read_tensor_file(io.BytesIO(data[:-1]), KIND)
+    with pytest.raises(ValueError, match="checksum"):
+        read_tensor_file(io.BytesIO(data[:-1] + bytes([data[-1] ^ 1])), KIND)
+    with pytest.raises(ValueError, match="expected contents of kind 'other'"):
+        read_tensor_file(io.BytesIO(data), "other")

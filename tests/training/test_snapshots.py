@@ -145,6 +145,32 @@ def test_save_networks_of_another_name_raises_value_error(names, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# Rounded to float16.
+
+
+def test_save_networks_half_is_half_as_large_and_rounds_each_weight(networks, content, tmp_path):
+    save_networks(tmp_path / "a", networks, PROVENANCE, half=True)
+    assert (tmp_path / "a").stat().st_size < 0.55 * len(content)
+    loaded = load((tmp_path / "a").read_bytes())
+    for name, network in networks.items():
+        assert loaded[name].config == network.config
+        for key, tensor in loaded[name].state_dict().items():
+            expected = network.state_dict()[key]
+            assert tensor.dtype == expected.dtype
+            # float16 has 11 binary digits, and below 2^-14 fixed steps of 2^-24
+            torch.testing.assert_close(tensor, expected, rtol=2**-11, atol=2**-25)
+
+
+def test_save_networks_half_keeps_what_float16_cannot_hold(tmp_path):
+    generator = tiny_network().requires_grad_(False)
+    generator.torgb.bias[:] = torch.tensor([1e5, 1 + 2**-20, 0.0])
+    generator.decoder.net[0].bias[0] = float("inf")
+    save_networks(tmp_path / "a", {"G_ema": generator}, {}, half=True)
+    loaded = load((tmp_path / "a").read_bytes())["G_ema"]
+    assert loaded.torgb.bias.equal(generator.torgb.bias)
+    assert loaded.decoder.net[0].bias[0] == float("inf")
+
+
 # Hostile files.
 
 
