@@ -352,6 +352,13 @@ def test_photo_that_is_gone_is_named(tmp_path):
         read_photo(photo, 16)
 
 
+def test_file_that_no_photo_needs_is_not_read(tmp_path):
+    (photo,) = list_photos(data_set(tmp_path, ["a.png"]))
+    os.truncate(photo.image, 1 << 30)  # takes no space on disk
+    with pytest.raises(ValueError, match=r"a\.png: expected at most 268435456 bytes, came a file of 1073741824"):
+        read_photo(photo, 16)
+
+
 def test_resolution_that_no_network_has_is_refused(tmp_path):
     with pytest.raises(ValueError, match="resolution: expected a side that is a power of two"):
         read_one(tmp_path, encoded(noise()), resolution=48)
