@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
+import os
+import pickle
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +20,8 @@ import pytest
 import torch
 from torch import nn
 
-from legacy import load_network_pkl
+from dnnlib import sources
+from legacy import load_network_pkl, load_snapshot
 from tests.helpers.published import (
     fill_weights,
     fixture_cameras,
@@ -29,6 +34,7 @@ from tests.inference import published_pickle
 from tests.torch_utils import fake_snapshot as fake
 from training.config import DiscriminatorConfig
 from training.dual_discriminator import VARIANTS, Discriminator
+from training.network_difference import KIND, network_fingerprint, write_difference
 from training.published_kwargs import generator_config_from_kwargs
 from training.snapshots import save_networks
 from training.triplane import TriPlaneGenerator
@@ -351,7 +357,254 @@ def test_load_network_pkl_truncated_snapshot_raises_value_error():
             load_network_pkl(named_file(content[:offset]))
 
 
+# Differences.
+
+
+def tune(base: TriPlaneGenerator, size: float = 0.5) -> TriPlaneGenerator:
+    """Return a copy with one changed tensor and one changed setting."""
+    tuned = copy.deepcopy(base).requires_grad_(False)
+    tuned.decoder.net[0].bias += size
+    tuned.rendering_kwargs["ray_start"] = 2.35
+    return tuned
+
+
+class Files:
+    """A folder with a base network as a published pickle and a difference from it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base_path, self.path = folder / "nets" / "base.pkl", folder / "out" / "a photo" / "tuned.safetensors"
+        for path in (self.base_path, self.path):
+            path.parent.mkdir(parents=True)
+        self.base_path.write_bytes(fake.dump({"G": None, "D": None, "G_ema": generator_record("pano")}))
+        self.base = load_snapshot(self.base_path)["G_ema"]
+        self.tuned = tune(self.base)
+        self.write()
+
+    def write(self, base_source: Any = None) -> None:
+        write_difference(self.path, self.base, self.tuned, base_source or self.base_path, provenance={})
+
+    def is_found(self) -> bool:
+        generator = load_snapshot(self.path)["G_ema"]
+        same = network_fingerprint(generator) == network_fingerprint(self.tuned)
+        return same and generator.config == self.tuned.config
+
+    def error(self) -> str:
+        """Return the message of loading the difference, which must fail."""
+        with pytest.raises(ValueError) as caught:
+            load_snapshot(self.path)
+        message = str(caught.value)
+        assert message.startswith(f"{self.path}: ") and "\n" not in message
+        return message
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    monkeypatch.delenv("SPHEREHEAD_BASE", raising=False)
+    return Files(tmp_path)
+
+
+def test_load_snapshot_difference_is_the_tuned_network_with_its_settings(files):
+    snapshot = load_snapshot(files.path)
+    assert set(snapshot) == KEYS and snapshot["G"] is snapshot["D"] is None
+    assert files.is_found()
+    assert snapshot["G_ema"].config.rendering.ray_start == 2.35 and not snapshot["G_ema"].training
+    assert load_snapshot(files.path, only=["G", "D"])["G_ema"] is None  # for which no base is needed
+
+
+def test_load_snapshot_difference_of_a_moved_folder_is_found(files, tmp_path):
+    (tmp_path / "moved").mkdir()
+    for name in ("nets", "out"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    files.path = tmp_path / "moved" / files.path.relative_to(tmp_path)
+    assert files.is_found()
+
+
+def test_load_snapshot_difference_moved_alone_finds_the_absolute_path(files, tmp_path):
+    files.path = files.path.rename(tmp_path / "tuned.safetensors")
+    assert files.is_found()
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_load_snapshot_difference_finds_its_base_beside_it_also_converted(files, converted, tmp_path):
+    files.base_path.unlink()
+    beside = files.path.parent / "base.pkl"  # the name counts, the content is looked at
+    if converted:
+        save_networks(beside, {"G_ema": files.base}, {})
+    else:
+        beside.write_bytes(fake.dump({"G_ema": generator_record("pano")}))
+    assert files.is_found()
+
+
+def test_load_network_pkl_difference_from_memory_needs_a_location_or_the_absolute_path(files, tmp_path):
+    content = files.path.read_bytes()
+    assert load_network_pkl(io.BytesIO(content))["G_ema"] is not None
+    files.base_path.rename(files.path.parent / "base.pkl")
+    with pytest.raises(ValueError, match=r"^snapshot: .*'base\.pkl'|^snapshot: .*base\.pkl"):
+        load_network_pkl(io.BytesIO(content))
+    assert load_network_pkl(io.BytesIO(content), location=str(files.path))["G_ema"] is not None
+
+
+def test_load_snapshot_difference_wrong_bases_are_passed_over_for_the_right_one(files):
+    files.base_path.rename(files.path.parent / "base.pkl")
+    save_networks(files.base_path, {"G_ema": tune(files.base, 2.0)}, {})
+    assert files.is_found()
+
+
+def write_other_base(path: Path) -> None:
+    save_networks(path, {"G_ema": tune(cached_generator("pano"), 2.0)}, {})
+
+
+BAD_BASES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "absent": (lambda path: None, "no such file where the difference says it was"),
+    "another network": (write_other_base, r"has another network, with the fingerprint [0-9a-f]{12};? ?"),
+    "another system": (
+        lambda path: path.write_bytes(fake.dump({"G_ema": generator_record("eg3d")})),
+        "another network",
+    ),
+    "pickle of something else": (
+        lambda path: path.write_bytes(pickle.dumps([1, 2])),
+        "expected a dict with G, D, G_ema",
+    ),
+    "pickle that runs": (lambda path: path.write_bytes(pickle.dumps({"G_ema": os.system})), "system"),
+    "no G_ema": (lambda path: path.write_bytes(fake.dump({"G": None, "G_ema": None})), "has no G_ema"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "cut off": (
+        lambda path: path.write_bytes(fake.dump({"G_ema": generator_record("pano")})[:10_000]),
+        "truncated|end",
+    ),
+    "folder": (lambda path: path.mkdir(), "no such file"),
+    "pipe": (os.mkfifo, "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BASES)
+def test_load_snapshot_difference_without_its_base_raises_and_says_what_to_do(files, name):
+    make, reason = BAD_BASES[name]
+    files.base_path.unlink()
+    make(files.base_path)
+    message = files.error()
+    for part in (str(files.base_path), network_fingerprint(files.base)[:12], "SPHEREHEAD_BASE"):
+        assert part in message
+    assert re.search(reason, message)
+
+
+def test_load_snapshot_difference_takes_the_base_that_the_user_names(files, tmp_path, monkeypatch):
+    files.base_path.rename(tmp_path / "elsewhere.pkl")
+    for source in (str(tmp_path / "elsewhere.pkl"), (tmp_path / "elsewhere.pkl").as_uri()):
+        monkeypatch.setenv("SPHEREHEAD_BASE", source)
+        assert files.is_found()
+    monkeypatch.setenv("SPHEREHEAD_BASE", "absent.pkl")
+    assert "absent.pkl: no such file" in files.error()
+    monkeypatch.setenv("SPHEREHEAD_BASE", "init:debug")
+    assert "init:debug has another network" in files.error()
+
+
+def test_load_snapshot_difference_named_base_may_be_of_other_differences(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPHEREHEAD_BASE", "init:debug")
+    assert files.is_found()
+
+
+@pytest.mark.parametrize("name", ["demo", "init:debug"])
+def test_load_snapshot_difference_from_a_named_network(files, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "DEMO_PATH", tmp_path / "models" / "demo.safetensors")
+    save_networks(sources.DEMO_PATH, {"G_ema": files.base}, {})
+    files.base = load_snapshot(name)["G_ema"]
+    files.tuned = tune(files.base)
+    files.write(name)
+    files.path = files.path.rename(tmp_path / "tuned.safetensors")
+    assert files.is_found()
+    if name == "demo":
+        sources.DEMO_PATH.unlink()
+        assert f"demo: expected the bundled network at {sources.DEMO_PATH}" in files.error()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/base.pkl", "https://example.org/base.pkl", "ftp://a.b/c.pkl"])
+def test_load_snapshot_difference_never_fetches_what_the_file_names(files, url, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPHEREHEAD_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("dnnlib.util.open_http", lambda *_, **__: pytest.fail("fetched"))
+    files.write(url)
+    assert repr(url) in files.error()
+    files.base_path.rename(files.path.parent / url.rpartition("/")[2])
+    assert files.is_found()
+
+
+def test_load_snapshot_difference_of_a_difference_is_built_on_it(files, tmp_path):
+    middle, middle_path = files.tuned, files.path
+    files.base, files.tuned, files.path = middle, tune(middle, -0.25), tmp_path / "out" / "second.safetensors"
+    files.write(middle_path)
+    assert files.is_found()
+    files.base_path.unlink()
+    message = files.error()
+    assert str(files.base_path) in message and str(middle_path) in message
+
+
+def test_load_snapshot_difference_of_itself_or_in_a_circle_raises(files, tmp_path):
+    files.write(files.path)
+    assert "is this difference itself" in files.error()
+    other = tmp_path / "out" / "other.safetensors"
+    write_difference(other, files.base, files.tuned, files.path, provenance={})
+    files.write(other)
+    assert "is this difference itself, or one that is built on it" in files.error()
+
+
+def test_load_snapshot_too_many_differences_on_top_of_each_other_raise(files, tmp_path):
+    last = files.path
+    for index in range(4):
+        files.path = tmp_path / "out" / f"{index}.safetensors"
+        files.base, files.tuned = files.tuned, tune(files.tuned, 0.1)
+        files.write(last)
+        last = files.path
+        if index < 3:
+            assert files.is_found()
+    assert "at most 4 differences" in files.error()
+
+
+def test_load_snapshot_difference_cut_off_raises(files):
+    content = files.path.read_bytes()
+    for offset in (9, len(content) // 2, len(content) - 1):
+        files.path.write_bytes(content[:offset])
+        assert re.search("damaged|cut off|longer than the file", files.error())
+
+
+def test_load_snapshot_safetensors_file_of_a_newer_difference_format_raises(files):
+    content = files.path.read_bytes().replace(b'"version":"1"', b'"version":"2"')
+    files.path.write_bytes(content)
+    assert KIND.encode() in content and "expected format version 1, got '2'" in files.error()
+
+
+# Names.
+
+
+def test_load_snapshot_reads_paths_urls_and_names_alike(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "DEMO_PATH", files.base_path)
+    expected = network_fingerprint(files.base)
+    for source in (files.base_path, str(files.base_path), files.base_path.as_uri(), "demo"):
+        assert network_fingerprint(load_snapshot(source)["G_ema"]) == expected
+    debug = load_snapshot("init:debug")
+    assert set(debug) == KEYS and debug["G"] is None and debug["G_ema"].z_dim == 64
+    assert load_snapshot("init:debug", only=["D"])["G_ema"] is None
+
+
+def test_load_snapshot_demo_that_is_absent_raises_and_says_where_it_is_expected(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "DEMO_PATH", tmp_path / "demo.safetensors")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").write_bytes(b"not this one")
+    with pytest.raises(FileNotFoundError, match=rf"^demo: .*{tmp_path}.demo\.safetensors"):
+        load_snapshot("demo")
+
+
 # Golden snapshots.
+
+
+@pytest.mark.shared
+def test_load_snapshot_difference_fits_the_golden_pickle_and_its_conversion(shared_dir, tmp_path):
+    golden, converted = shared_dir / "golden" / "panohead_128.pkl", tmp_path / "base" / "panohead_128.safetensors"
+    base = load_snapshot(golden, only=["G_ema"])["G_ema"]
+    tuned = tune(base)
+    save_networks(converted, {"G_ema": base}, {})
+    for source in (golden, converted):
+        write_difference(tmp_path / "t", base, tuned, source, provenance={})
+        assert network_fingerprint(load_snapshot(tmp_path / "t")["G_ema"]) == network_fingerprint(tuned)
 
 
 @pytest.mark.shared

@@ -1,5 +1,6 @@
 """Published pickles become safetensors files with the same networks, and nothing else."""
 
+import copy
 import errno
 import json
 import os
@@ -9,9 +10,11 @@ import safetensors
 import torch
 
 import legacy
+from dnnlib import sources
 from dnnlib.util import file_sha256
 from tests.cli.running import contents, fail, start, succeed
 from tests.inference.published_pickle import write_snapshot
+from training.network_difference import network_fingerprint, write_difference
 
 SCRIPT = "convert_checkpoint.py"
 
@@ -93,6 +96,70 @@ def test_converted_file_can_be_made_smaller(pair_pickle, tmp_path):
     assert small["G"] is None
     expected = both["G_ema"].state_dict()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in small["G_ema"].state_dict().items())
+
+
+def test_half_is_half_as_large_and_says_so(sphere_pickle, tmp_path):
+    succeed(SCRIPT, sphere_pickle, tmp_path / "a.safetensors")
+    result = succeed(SCRIPT, sphere_pickle, tmp_path / "b.safetensors", "--half")
+    sizes = [(tmp_path / name).stat().st_size for name in ("a.safetensors", "b.safetensors")]
+    assert sizes[1] < 0.55 * sizes[0]
+    assert result.stdout.endswith(f"b.safetensors ({sizes[1] / 1e6:.1f} MB, rounded to float16)\n")
+    assert read_header(tmp_path / "b.safetensors")["provenance"]["rounded_to"] == "float16"
+    whole, rounded = (read_networks(tmp_path / name)["G_ema"] for name in ("a.safetensors", "b.safetensors"))
+    assert rounded.config == whole.config
+    expected = whole.state_dict()
+    for name, tensor in rounded.state_dict().items():
+        assert tensor.dtype == expected[name].dtype
+        # float16 has 11 binary digits, and below 2^-14 fixed steps of 2^-24
+        torch.testing.assert_close(tensor, expected[name], rtol=2**-11, atol=2**-25)
+
+
+def test_half_of_half_changes_nothing(sphere_pickle, tmp_path):
+    succeed(SCRIPT, sphere_pickle, tmp_path / "a.safetensors", "--half")
+    succeed(SCRIPT, tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--half")
+    first, second = (read_networks(tmp_path / f"{name}.safetensors")["G_ema"] for name in "ab")
+    assert network_fingerprint(first) == network_fingerprint(second)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_difference_becomes_a_whole_network(sphere_pickle, tmp_path, half):
+    base = read_networks(sphere_pickle)["G_ema"]
+    tuned = copy.deepcopy(base)
+    tuned.decoder.net[0].bias += 0.5
+    tuned.rendering_kwargs["ray_start"] = 2.35
+    difference = tmp_path / "tuned.safetensors"
+    write_difference(difference, base, tuned, sphere_pickle, half=half, provenance={"photo": "me"})
+    expected = read_networks(difference)["G_ema"]
+    result = succeed(SCRIPT, difference, tmp_path / "whole.safetensors")
+    assert result.stdout.startswith("wrote G_ema to ")
+    whole = read_networks(tmp_path / "whole.safetensors")
+    assert whole["G"] is None and whole["G_ema"].config == tuned.config
+    assert network_fingerprint(whole["G_ema"]) == network_fingerprint(expected)
+    if not half:
+        assert network_fingerprint(expected) == network_fingerprint(tuned)
+    assert read_header(tmp_path / "whole.safetensors")["provenance"] == {
+        "converted_from": "tuned",
+        "source_sha256": file_sha256(difference),
+        "base": {"name": "sphere", "fingerprint": network_fingerprint(base)},
+        "difference": {"photo": "me"},
+    }
+
+
+def test_difference_without_its_base_is_one_line_and_leaves_nothing(sphere_pickle, tmp_path, monkeypatch):
+    monkeypatch.delenv("SPHEREHEAD_BASE", raising=False)
+    base = read_networks(sphere_pickle)["G_ema"]
+    write_difference(tmp_path / "tuned.safetensors", base, base, tmp_path / "absent.pkl", provenance={})
+    message = fail(SCRIPT, tmp_path / "tuned.safetensors", tmp_path / "out" / "whole.safetensors")
+    assert "tuned.safetensors" in message and "absent.pkl" in message and "SPHEREHEAD_BASE" in message
+    message = fail(SCRIPT, tmp_path / "tuned.safetensors", tmp_path / "out" / "whole.safetensors", "--networks", "D")
+    assert "tuned.safetensors: expected D" in message
+    assert not contents(tmp_path / "out")
+
+
+def test_bundled_network_is_converted_by_its_name(sphere_pickle, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "DEMO_PATH", sphere_pickle)
+    succeed(SCRIPT, "demo", tmp_path / "a.safetensors")
+    assert read_header(tmp_path / "a.safetensors")["provenance"]["converted_from"] == "demo"
 
 
 def test_existing_file_is_refused_and_untouched_unless_overwriting(sphere_pickle, tmp_path):

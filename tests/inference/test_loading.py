@@ -1,5 +1,6 @@
 """Networks come from files, URLs and presets, always the same, and whatever is wrong is one clear error."""
 
+import copy
 import functools
 import http.server
 import threading
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 import training.snapshots
+from dnnlib import serialize, sources
 from dnnlib.util import file_sha256
 from inference.loading import is_untrained, load_generator
 from tests.inference.published_pickle import write_snapshot
+from torch_utils.tensor_file import write_tensor_file
+from training.network_difference import KIND, BaseReference, DifferenceHeader, write_difference
 
 
 def assert_same_weights(ours, expected):
@@ -65,6 +69,77 @@ def test_load_generator_url_is_downloaded_once_and_checked(server, snapshot_path
     assert requested == ["/tiny%20sphere.pkl"]
 
 
+@pytest.fixture
+def tuned(parsing_generator):
+    """Return a copy of the generator of the snapshot with one changed tensor."""
+    tuned = copy.deepcopy(parsing_generator)
+    tuned.decoder.net[0].bias += 0.5
+    return tuned
+
+
+@pytest.fixture
+def difference(snapshot_path, parsing_generator, tuned, tmp_path, monkeypatch):
+    """Return a difference from the snapshot, which is at another place by now."""
+    monkeypatch.delenv("SPHEREHEAD_BASE", raising=False)
+    path = tmp_path / "difference" / "tuned.safetensors"
+    write_difference(path, parsing_generator, tuned, tmp_path / "gone" / snapshot_path.name, provenance={})
+    return path
+
+
+def test_load_generator_difference_from_a_url_finds_its_base_there(server, difference, snapshot_path, tuned):
+    url, requested = server
+    served = snapshot_path.parent / "tuned.safetensors"
+    served.write_bytes(difference.read_bytes())
+    url = url.replace(url.rpartition("/")[2], "tuned.safetensors")
+    try:
+        for source in (url, f"{url}?download=1", f"{url}#sha256={file_sha256(difference)}"):
+            assert_same_weights(load_generator(source), tuned)
+    finally:
+        served.unlink()
+    assert requested == ["/tuned.safetensors", "/tiny%20sphere.pkl", "/tuned.safetensors?download=1"]
+
+
+def test_load_generator_difference_from_a_url_whose_base_is_not_there_raises(
+    server, parsing_generator, tuned, snapshot_path, tmp_path
+):
+    url, requested = server
+    served = snapshot_path.parent / "tuned.safetensors"
+    base = BaseReference(source="x", path="/gone/other.pkl", relative_path="../tiny sphere.pkl", fingerprint="0" * 64)
+    header = DifferenceHeader(base=base, config=tuned.config, scales={}, provenance={})
+    write_tensor_file(served, KIND, {}, serialize.to_json(header))
+    url = url.replace(url.rpartition("/")[2], "tuned.safetensors")
+    try:
+        with pytest.raises(ValueError, match=rf"^{url}: .*other\.pkl.*expected status 200, came 404.*SPHEREHEAD_BASE"):
+            load_generator(url)
+    finally:
+        served.unlink()
+    assert requested == ["/tuned.safetensors", "/other.pkl"]  # and nothing outside of its folder
+
+
+def test_load_generator_base_of_a_difference_comes_from_the_cache_or_by_the_users_word(
+    server, parsing_generator, tuned, tmp_path, monkeypatch
+):
+    url, requested = server
+    monkeypatch.delenv("SPHEREHEAD_BASE", raising=False)
+    write_difference(tmp_path / "tuned.safetensors", parsing_generator, tuned, url, provenance={})
+    with pytest.raises(ValueError, match=r"not in the cache.*a URL in a difference is never fetched"):
+        load_generator(tmp_path / "tuned.safetensors")
+    assert requested == []
+    monkeypatch.setenv("SPHEREHEAD_BASE", url)
+    assert_same_weights(load_generator(tmp_path / "tuned.safetensors"), tuned)
+    monkeypatch.delenv("SPHEREHEAD_BASE")
+    assert_same_weights(load_generator(tmp_path / "tuned.safetensors"), tuned)
+    assert requested == ["/tiny%20sphere.pkl"]
+
+
+def test_load_generator_demo_is_the_bundled_network(snapshot_path, parsing_generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "DEMO_PATH", snapshot_path)
+    assert_same_weights(load_generator("demo"), parsing_generator)
+    monkeypatch.setattr(sources, "DEMO_PATH", tmp_path / "demo.safetensors")
+    with pytest.raises(FileNotFoundError, match=f"demo: expected the bundled network at {tmp_path}"):
+        load_generator("demo")
+
+
 def test_load_generator_url_with_another_checksum_raises(server, tmp_path):
     url, _ = server
     with pytest.raises(ValueError, match="sha256|SHA-256"):
@@ -90,6 +165,7 @@ def test_is_untrained_knows_presets():
     assert is_untrained("init:debug")
     assert not is_untrained("a/init:debug.pkl")
     assert not is_untrained(Path("spherehead.pkl"))
+    assert not is_untrained("demo")
 
 
 @pytest.mark.parametrize("source", ["init:nope", "init:"])
