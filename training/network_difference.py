@@ -238,7 +238,7 @@ def read_difference(file: BinaryIO, source: str = "difference") -> Difference:
         tensors, data = read_tensor_file(file, KIND)
     except ValueError as error:
         raise ValueError(f"{source}: damaged difference file: {error}") from error
-    header = serialize.from_json(DifferenceHeader, data, source)
+    header = serialize.from_json(DifferenceHeader, data, f"{source}: difference")
     for name, scale in header.scales.items():
         require(name in tensors, f"{source}: scales", "names of tensors in the file", name)
         require(scale > 0, f"{source}: scales: '{name}'", "a positive number", scale)
