@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from training.image_sources import BadImage, FolderSource, ZipSource, printable
 
@@ -19,6 +19,7 @@ IMAGE_FORMATS = tuple(
     for name in "PNG JPEG MPO WEBP BMP DIB TIFF GIF PPM TGA JPEG2000 AVIF".split()
     if name in Image.OPEN  # what this Pillow was built with
 )
+_KNOWN_FORMATS = ", ".join(IMAGE_FORMATS)
 PARSING_CLASSES = (
     *("background", "skin", "left brow", "right brow", "left eye", "right eye", "glasses", "left ear", "right ear"),
     *("earring", "nose", "mouth", "upper lip", "lower lip", "neck", "necklace", "cloth", "hair", "hat"),
@@ -55,6 +56,8 @@ def open_image(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except MemoryError:
         raise
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image that can be read: expected {_KNOWN_FORMATS}; came something else") from None
     except Exception as error:  # of many types, for what may be in a damaged file
         raise BadImage(f"not an image that can be read: {_reason(error)}") from None
 
