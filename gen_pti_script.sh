@@ -214,7 +214,9 @@ main() {
         fi
     done
     if [[ ${#failures[@]} -gt 0 ]]; then
-        say "${#failures[@]} failed, of $total photos:"
+        local count="${#failures[@]} failures"
+        [[ ${#failures[@]} -gt 1 ]] || count="1 failure"
+        say "$count among $total photos:"
         printf '  %s\n' "${failures[@]}" >&2
         exit 1
     fi

@@ -21,7 +21,7 @@ from inference.inversion_settings import InversionSettings, ProjectionSettings, 
 from inference.inversion_work import Work
 from inference.loading import load_generator
 from tests.cli.running import contents
-from tests.helpers.inversion import SIDE, small_generator, write_network, write_photos
+from tests.helpers.photos import SIDE, small_generator, write_network, write_photos
 
 SETTINGS = InversionSettings(
     projection=ProjectionSettings(num_steps=5, num_w_samples=50), tuning=TuningSettings(num_steps=4)
