@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -52,6 +54,7 @@ class Stepper(ABC):
         self.last_image: torch.Tensor | None = None
         """What the last step rendered before it changed anything, `[1, 3, H, W]`; None before the first one."""
         self._label = label
+        self._photo_checksum = torch.tensor(zlib.crc32(photo.image.cpu().numpy().tobytes()))
         refines = settings.camera.refine and (self._stage_seed == 1 or settings.camera.in_tuning)
         self._camera = CameraRefinement(label, settings.camera) if refines else None
         self._image_loss = ImageLoss(photo, distance, settings.background_weight, settings.silhouette_weight)
@@ -134,9 +137,9 @@ class Stepper(ABC):
             self._optimizer.state.pop(value, None)
             if f"adam.{name}.step" in state:
                 moments = {kind: state[f"adam.{name}.{kind}"] for kind in _MOMENTS}
-                self._optimizer.state[value] = {kind: moment.clone() for kind, moment in moments.items()}
-                for kind in ("exp_avg", "exp_avg_sq"):
-                    self._optimizer.state[value][kind] = moments[kind].to(value, copy=True)
+                self._optimizer.state[value] = {
+                    kind: moment.to(value.device, copy=True) for kind, moment in moments.items()
+                }
         self.step_index = int(state["step"])
         self.last_image = None
 
@@ -165,7 +168,7 @@ class Stepper(ABC):
 
     def _fixed_state(self) -> dict[str, torch.Tensor]:
         """Return what does not change, and must be the same when the state is loaded."""
-        return {"base_label": self._label}
+        return {"base_label": self._label, "photo": self._photo_checksum}
 
     def _seed(self, stream: int) -> int:
         return derive_seed(self.settings.seed, self._stage_seed, self.step_index, stream)
@@ -209,7 +212,7 @@ class Stepper(ABC):
         for name, shape in expected.items():
             require(state[name].shape == shape, f"{where}, '{name}'", f"shape {tuple(shape)}", tuple(state[name].shape))
         for name, value in fixed.items():
-            same = torch.equal(state[name].to(value), value)
+            same = torch.equal(state[name].to(value.device), value)
             require(same, f"{where}, '{name}'", "that of this photo and these settings", "another one")
         step = int(state["step"])
         require(0 <= step <= self.num_steps, f"{where}, 'step'", f"0 to {self.num_steps}", step)
@@ -240,8 +243,8 @@ def check_photo(photo: Photo, generator: TriPlaneGenerator) -> None:
 
 
 def place_photo(photo: Photo, generator: TriPlaneGenerator) -> Photo:
-    """Return a photo in float32 on the device of a generator."""
-    device = next(generator.parameters()).device
-    image, label = photo.image.to(device, torch.float32), photo.label.to(device, torch.float32)
-    mask = None if photo.mask is None else photo.mask.to(device, torch.float32)
-    return type(photo)(name=photo.name, image=image, label=label, mask=mask)
+    """Return a photo on the device of a generator, in the type of its weights."""
+    weight = generator.backbone.mapping.fc0.weight
+    tensors = {name: getattr(photo, name) for name in ("image", "label", "mask")}
+    placed = {name: None if value is None else value.to(weight) for name, value in tensors.items()}
+    return dataclasses.replace(photo, **placed)
