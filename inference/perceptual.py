@@ -124,6 +124,7 @@ class VggDistance:
             f"a size that gives {target[0].shape[1]} features, as the target",
             f"{list(image.shape)} with {features.shape[1]}",
         )
+        _require_batch(features, target[0])
         return (features - target[0]).square().sum(1)
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
@@ -202,22 +203,18 @@ class PyramidDistance:
         level, chroma = _luma_chroma(limit_size(_checked(image)))
         size, expected = list(level.shape[2:]), list(target[0].shape[2:])
         require(size == expected, "image", f"the size {expected} of the target", size)
+        _require_batch(level, target[0])
         structure, edges, chroma_structure, color = [], [], [], []
         for number in range(len(target) // 4):
             level = torch.cat([level, chroma], 1) if number == 1 else level
-            other, other_mean, other_var, other_tensor = target[4 * number : 4 * number + 4]
-            difference = level - other
-            mean, square, squared_difference = _reduce(
-                torch.cat([level, level * level, difference * difference], 1)
-            ).chunk(3, 1)
-            var_difference = squared_difference - (mean - other_mean) ** 2
-            error = structure_error(square - mean * mean, other_var, var_difference, _STRUCTURE_C2).mean((2, 3))
-            structure.append(error[:, 0])
+            other, *moments, other_tensor = target[4 * number : 4 * number + 4]
+            if number:
+                color.append(_charbonnier(level - other))
             edges.append(_tensor_error(_structure_tensor(level[:, :1]), other_tensor))
+            level, error = _next_level(level, other, *moments)
+            structure.append(error[:, 0])
             if number:
                 chroma_structure.append(error[:, 1:].mean(1))
-                color.append(_charbonnier(difference))
-            level = mean
         return (
             _STRUCTURE_WEIGHT * _mean(structure)
             + _EDGE_WEIGHT * _mean(edges)
@@ -250,6 +247,10 @@ def _checked(image: torch.Tensor) -> torch.Tensor:
     return image.float() if image.dtype in (torch.float16, torch.bfloat16) else image
 
 
+def _require_batch(image: torch.Tensor, target: torch.Tensor) -> None:
+    require(len(target) in (1, len(image)), "image", f"as many as targets, {len(target)}", len(image))
+
+
 def _num_levels(luma: torch.Tensor) -> int:
     return min(_MAX_LEVELS, (min(luma.shape[2:]) // _COARSEST_SIZE).bit_length())
 
@@ -273,6 +274,18 @@ def _reduce(x: torch.Tensor) -> torch.Tensor:
     above = torch.cat([pairs[:, :, :1], pairs[:, :, :-1]], 2)
     below = torch.cat([pairs[:, :, 1:], pairs[:, :, -1:]], 2)
     return (above + below) * 0.125 + pairs * 0.25
+
+
+def _next_level(
+    level: torch.Tensor, other: torch.Tensor, other_mean: torch.Tensor, other_var: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the next level `[B, C, H // 2, W // 2]` and the structure errors `[B, C]` of this one."""
+    difference = level - other
+    stacked = _reduce(torch.cat([level, level * level, difference * difference], 1))
+    mean, square, squared_difference = stacked.chunk(3, 1)
+    var_difference = squared_difference - (mean - other_mean) ** 2
+    error = structure_error(square - mean * mean, other_var, var_difference, _STRUCTURE_C2)
+    return mean, error.mean((2, 3))
 
 
 def _structure_tensor(luma: torch.Tensor) -> torch.Tensor:
@@ -334,7 +347,9 @@ def _load_script(source: str, device: torch.device | str) -> torch.jit.ScriptMod
             model = torch.jit.load(path, map_location=device)
     except RuntimeError as error:
         raise ValueError(f"{source}: expected a TorchScript file, got another one: {_last_line(error)}") from error
-    return model.eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
 
 
 def _file_name(source: str) -> str:
