@@ -143,7 +143,7 @@ project() {
 video() {  # name, network, folder of the photo
     local file=$3/$1.mp4 note=$3/.$1.options
     local -a options=(--latent "$3/latent.npz" --cfg "$cfg" --w-frames "$w_frames" --device "$device")
-    local text="$2 $cfg $w_frames"
+    local text="$cfg $w_frames"
     if [[ -f $file && -f $note && $(<"$note") == "$text" && $file -nt $3/latent.npz && $file -nt $3/tuned.safetensors ]]
     then
         return 0

@@ -18,6 +18,7 @@ import convert_checkpoint
 import gen_samples
 import gen_videos
 import gen_videos_interp
+import projector
 import train
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,7 @@ COMMANDS: dict[str, click.Command] = {
     "gen_samples.py": gen_samples.generate_samples,
     "gen_videos.py": gen_videos.generate_videos,
     "gen_videos_interp.py": gen_videos_interp.generate_interpolations,
+    "projector.py": projector.project,
     "convert_checkpoint.py": convert_checkpoint.convert,
     "train.py": train.train_command,
 }

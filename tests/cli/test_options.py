@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import shutil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -9,6 +11,7 @@ import pytest
 
 from tests.cli.running import COMMANDS, succeed
 from tests.helpers.head_data import encoded, picture, write_files
+from tests.helpers.photos import write_photos
 
 GENERATORS = ["gen_samples.py", "gen_videos.py", "gen_videos_interp.py"]
 
@@ -62,9 +65,30 @@ VIDEOS = [
     Published("--interpolate", "False", "interpolate", False, True),
     Published("--pose_cond", "45", "pose_cond", 45.0, 90),
 ]
+PROJECTIONS = [
+    Published("--network", "a.pkl", "network", "a.pkl", None),
+    Published("--target", "photos", "target", "photos", None),
+    Published("--target_img", "photos", "target", "photos", None),
+    Published("--target_seg", "masks", "mask", "masks", None),
+    Published("--filename", "0", "filename", "0", ""),
+    Published("--outdir", "out", "outdir", "out", None),
+    Published("--idx", "3", "idx", (3,), (0,)),
+    Published("--num-steps", "10", "num_steps", 10, 500),
+    Published("--num-steps-pti", "10", "num_steps_pti", 10, 350),
+    Published("--seed", "1", "seed", 1, 303),
+    Published("--save-video", "False", "save_video", False, True),
+    Published("--fps", "60", "fps", 60, 30),
+]
 CASES = [("gen_samples.py", option) for option in SAMPLES] + [
     (script, option) for script in GENERATORS[1:] for option in VIDEOS
 ]
+CASES += [("projector.py", option) for option in PROJECTIONS]
+NEEDED = {
+    "gen_samples.py": {"--network": "a.pkl", "--seeds": "0"},
+    "gen_videos.py": {"--network": "a.pkl"},
+    "gen_videos_interp.py": {"--network": "a.pkl"},
+    "projector.py": {"--network": "a.pkl", "--target": "photos", "--outdir": "out"},
+}
 OUR_DEFAULTS = {
     ("gen_samples.py", "fov_deg"): (18.837, "published: declared an integer, which cuts the intended 18.837 to 18"),
     ("gen_samples.py", "shape_format"): ("mrc", "published: spelled with a dot, which is accepted"),
@@ -104,26 +128,24 @@ def case_id(case: Any) -> str:
 
 @pytest.mark.parametrize(("script", "option"), CASES, ids=case_id)
 def test_published_option_is_accepted_in_its_spelling_and_in_both(script, option):
-    needed = [] if option.flag == "--network" else ["--network", "a.pkl"]
-    if script == "gen_samples.py" and option.flag != "--seeds":
-        needed += ["--seeds", "0"]
+    needed = [word for flag, value in NEEDED[script].items() if flag != option.flag for word in (flag, value)]
     for flag in {option.flag, option.flag.replace("_", "-"), "--" + option.flag[2:].replace("-", "_")}:
         parameters = parse(script, *needed, flag, option.value)
         if option.parameter is not None:
             parsed = parameters[option.parameter]
-            assert option.parsed == (str(parsed) if option.parameter in ("outdir", "output") else parsed)
+            assert option.parsed == (str(parsed) if isinstance(parsed, Path) else parsed)
 
 
 @pytest.mark.parametrize(("script", "option"), CASES, ids=case_id)
 def test_published_default_is_kept_unless_there_is_a_reason(script, option):
-    if option.parameter in (None, "network"):
+    needed = NEEDED[script]
+    if option.parameter is None or f"--{option.parameter}" in needed:
         return
-    needed = ["--network", "a.pkl"] + (["--seeds", "0"] if script == "gen_samples.py" else [])
-    ours = parse(script, *needed)[option.parameter]
+    ours = parse(script, *(word for pair in needed.items() for word in pair))[option.parameter]
     if (script, option.parameter) in OUR_DEFAULTS:
         expected, _ = OUR_DEFAULTS[script, option.parameter]
         assert ours == expected != option.default  # an exception that is none does not stay in the table
-    elif (script, option.parameter) != ("gen_samples.py", "seeds"):  # required
+    else:
         assert ours == option.default
 
 
@@ -134,6 +156,9 @@ def test_published_required_options_are_required():
     for script in GENERATORS[1:]:
         with pytest.raises(click.MissingParameter):
             parse(script, "--seeds", "0")
+    for missing in NEEDED["projector.py"]:
+        with pytest.raises(click.MissingParameter):
+            parse("projector.py", *(w for pair in NEEDED["projector.py"].items() if pair[0] != missing for w in pair))
 
 
 def test_fov_deg_takes_the_published_default_that_the_published_script_rejects():
@@ -186,6 +211,10 @@ def test_example_parses(script, line, tmp_path, monkeypatch):
             monkeypatch.setenv("WORLD_SIZE", "16")
         for name in ("imgs.zip", "masks.zip"):
             write_files(tmp_path / name, {"a.png": encoded(picture(0, 512))})
+    if script == "projector.py":
+        write_photos(tmp_path / "photos", ["a.png", "b.png", "c.png", "d.png"])
+        shutil.copytree(tmp_path / "photos", tmp_path / "masks")
+        shutil.copyfile(tmp_path / "photos" / "a.png", tmp_path / "face.jpg")
     before = sorted(tmp_path.iterdir())
     if script == "convert_checkpoint.py":
         parse(script, *arguments)
