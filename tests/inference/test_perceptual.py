@@ -66,7 +66,7 @@ def written_out(image: np.ndarray, target: np.ndarray, num_levels: int) -> float
             terms["K"].append((np.sqrt(square + 0.05**2) - 0.05).mean())
         x, y = [window_means(a) for a in x], [window_means(b) for b in y]
     means = {name: np.mean(values) for name, values in terms.items()}
-    return 0.5 * means["S"] + 0.35 * means["E"] + 0.25 * means["H"] + 0.4 * means["K"]
+    return 0.65 * means["S"] + 0.2 * means["E"] + 0.25 * means["H"] + 0.4 * means["K"]
 
 
 @pytest.mark.parametrize(("size", "num_levels"), [((32, 32), 3), ((16, 24), 2), ((37, 50), 3)])
@@ -155,7 +155,7 @@ def test_pyramid_grows_with_damage():
 
 def found_back(distance, target: torch.Tensor, num_steps: int = 60) -> float:
     """Return how many pixels off a translated picture is after it was moved by gradients only."""
-    offset = torch.tensor([0.5, -0.35], requires_grad=True)  # of half the picture
+    offset = torch.tensor([0.3, -0.2], requires_grad=True)  # of half the picture
     optimizer = torch.optim.Adam([offset], lr=0.03)
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / num_steps)
@@ -173,7 +173,7 @@ def test_pyramid_leads_back_from_where_pixels_do_not():
     axis = torch.linspace(-1, 1, 64)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     blob = torch.exp(-(x**2 + y**2) / 0.18)
-    pattern = 0.2 * blob + 0.8 * blob * torch.sin(20 * x) * torch.sin(20 * y)
+    pattern = 0.5 * blob + 0.5 * blob * torch.sin(20 * x) * torch.sin(20 * y)
     target = (pattern - 0.2).expand(1, 3, 64, 64)
     features = PyramidDistance().features(target)
     assert found_back(lambda image: (image - target).square().mean(), target) > 5
@@ -214,7 +214,7 @@ def test_pyramid_portraits_have_the_documented_distances(shared_dir):
         }
         for name, pictures in variants.items():
             values[name] += [PyramidDistance().distance(shown, features).item() for shown in pictures]
-    expected = {"blur": 0.044, "shift 4": 0.054, "shift 16": 0.22, "noise": 0.025, "mirror": 0.44, "other": 0.62}
+    expected = {"blur": 0.033, "shift 4": 0.055, "shift 16": 0.226, "noise": 0.017, "mirror": 0.44, "other": 0.62}
     for name, mean in expected.items():
         assert np.mean(values[name]) == pytest.approx(mean, rel=0.05), name  # filters differ by version of Pillow
     assert max(values["shift 16"]) < min(values["mirror"]) < min(values["other"]) < 0.8
