@@ -137,6 +137,8 @@ class InversionRequest:
             return ("in the way", f"{folder / there[0]} is there already") if there else ("new", "")
         before = finished.get("made_from", {}) if finished is not None else begun
         difference = first_difference(before, self.identity(job))
+        if difference is not None and finished is None and not Work(folder, 0).has_state():
+            return "new", ""  # such as after an option that was refused
         if difference is not None:
             kind = "result" if finished is not None else "unfinished run"
             return "in the way", f"{folder} holds the {kind} of another command: {difference}"

@@ -125,6 +125,10 @@ class Work:
         """Whether enough time has passed since the last state."""
         return time.monotonic() - self._saved_at >= self._pause_s
 
+    def has_state(self) -> bool:
+        """Whether there is a state, whole or damaged."""
+        return self._state.exists()
+
     def save(self, progress: Progress) -> None:
         """Write a state, which replaces the one before when it is complete."""
         started = time.monotonic()
@@ -147,7 +151,7 @@ class Work:
         Raises:
             ValueError: the file is damaged.
         """
-        if not self._state.exists():
+        if not self.has_state():
             return Progress()
         try:
             with open_tensor_file(self._state, STATE_KIND) as file:

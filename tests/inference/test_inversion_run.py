@@ -325,6 +325,20 @@ def test_other_settings_are_an_error_that_names_one_and_replace_only_if_allowed(
     assert run(request_of(**CHANGES[difference], overwrite=True))[0][0][0] == "done before"
 
 
+def test_run_that_never_got_anywhere_is_not_in_the_way(log, request_of, monkeypatch):
+    step = FakeStage.step
+    monkeypatch.setattr(FakeStage, "step", lambda self: die())
+    with pytest.raises(ZeroDivisionError):
+        run(request_of())
+    monkeypatch.setattr(FakeStage, "step", step)
+    settings = dataclasses.replace(SETTINGS, seed=1)
+    assert run(request_of(settings=settings))[0][0][0] == "made"
+
+
+def die():
+    raise ZeroDivisionError
+
+
 def test_changed_photo_is_not_taken_for_the_one_before(log, request_of, tmp_path):
     run(request_of())
     Image.fromarray(np.full((SIDE, SIDE, 3), 99, np.uint8)).save(tmp_path / "photos" / "a.png")
