@@ -60,7 +60,7 @@ class InversionRequest:
     """Folder with dataset.json, or one image."""
     outdir: Path
     subfolder: str = ""
-    """Of the target; its name is also one in the output."""
+    """Folder or photo of the target; a folder of this name is made in the output."""
     indices: tuple[int, ...] | None = (0,)
     """Which photos, in the order of the list; None is all."""
     camera: str | None = None
@@ -97,12 +97,14 @@ class InversionRequest:
             ValueError: the target is no folder of photos with cameras and no photo with one, or has no such index.
             OSError: a file cannot be read.
         """
-        files = list_photos(self.target / self.subfolder, camera=self.camera, mask=self.mask)
+        target = self.target / self.subfolder
+        files = list_photos(target, camera=self.camera, mask=self.mask)
         indices = range(len(files)) if self.indices is None else self.indices
         for index in indices:
-            expected = f"0 to {len(files) - 1}, {len(files)} photos in {self.target / self.subfolder}"
+            expected = f"0 to {len(files) - 1}, {len(files)} photos in {target}"
             require(index < len(files), "--idx", expected, index)
-        folder = self.outdir / source_name(self.network) / self.subfolder
+        subfolder = Path(self.subfolder) if target.is_dir() else Path(self.subfolder).parent
+        folder = self.outdir / source_name(self.network) / subfolder
         return [PhotoJob(index=index, file=files[index], folder=folder / files[index].name) for index in indices]
 
     def identity(self, job: PhotoJob) -> dict[str, Any]:
@@ -113,6 +115,7 @@ class InversionRequest:
             "network": _source_identity(self.network),
             "photo": _file_identity(job.file.image),
             "camera": [float(value) for value in job.file.label],
+            "camera_of": job.file.camera_of,
             "mask": _file_identity(job.file.mask) if job.file.mask else None,
             "latent": _file_identity(self.latent) if self.latent else None,
             "vgg": _source_identity(self.vgg) if self.vgg else None,

@@ -462,8 +462,9 @@ def test_indices_choose_photos_in_their_order(request_of):
 def test_subfolder_is_one_of_the_output_too(request_of, tmp_path):
     request_of()
     write_photos(tmp_path / "photos" / "sub" / "x", ["b.png"])
-    (job,) = request_of(subfolder="sub/x").jobs()
-    assert job.folder == tmp_path / "out" / "tiny" / "sub" / "x" / "b"
+    for subfolder in ("sub/x", "sub/x/b.png"):
+        (job,) = request_of(subfolder=subfolder).jobs()
+        assert job.folder == tmp_path / "out" / "tiny" / "sub" / "x" / "b"
     for bad in ("../photos", "/photos"):
         with pytest.raises(ValueError, match="--filename"):
             request_of(subfolder=bad)
