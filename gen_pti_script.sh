@@ -155,7 +155,7 @@ video() {  # name, network, folder of the photo
 
 one_photo() {  # number, name, folder, status; an error has been printed where it fails
     local status=0
-    if [[ $4 != done ]]; then
+    if [[ $4 != 'done' ]]; then
         project "$1" || status=$?
         if [[ $status != 0 ]]; then
             failures+=("$2 (inversion)")

@@ -284,7 +284,7 @@ def test_run_nothing_asked_is_an_error(sandbox):
     assert calls == []
 
 
-@pytest.mark.parametrize("name", ["run.sh", ".ci/run"])
+@pytest.mark.parametrize("name", ["run.sh", "gen_pti_script.sh", ".ci/run"])
 def test_shell_scripts_are_executable_and_shellcheck_clean(repo_root, name):
     assert os.access(repo_root / name, os.X_OK)
     checker = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
