@@ -304,8 +304,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("difference", CHANGES)
-@pytest.mark.parametrize("stop_at", [None, 3], ids=["finished", "unfinished"])
+@pytest.mark.parametrize(("difference", "stop_at"), [*((name, None) for name in CHANGES), ([*CHANGES][0], 3)])
 def test_other_settings_are_an_error_that_names_one_and_replace_only_if_allowed(
     log, request_of, tmp_path, monkeypatch, difference, stop_at
 ):
