@@ -131,6 +131,7 @@ run() {  # a command that may be stopped at any moment; in the background, becau
         kill -0 "$child" 2>/dev/null || break  # else a signal ended the waiting, and the child is still saving
     done
     child=''
+    [[ $status != 130 || -n $stopped ]] || stopped=INT  # heard by the child alone
     return "$status"
 }
 
@@ -223,4 +224,5 @@ main() {
     say "done: $total photos in $outdir"
 }
 
-main "$@"
+# On one line: bash reads a script while it runs, and this one runs for hours, in which it may be replaced.
+main "$@"; exit

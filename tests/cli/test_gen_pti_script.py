@@ -32,7 +32,7 @@ VARIABLES = (
     "W_FRAMES",
     "DEVICE",
 )
-# What happens to a photo is in its name: "bad", "broken", "crash" or "slow"; "novideo" has no videos.
+# What happens to a photo is in its name: "bad", "broken", "crash", "stopped" or "slow"; "novideo" has no videos.
 FAKE_PYTHON = f"""#!{sys.executable}
 import json, os, pathlib, signal, sys, time
 arguments = sys.argv[1:]
@@ -57,6 +57,8 @@ if script.name == "projector.py":
     if "bad" in name or "broken" in name:
         print("Error: cannot be read", file=sys.stderr)
         sys.exit(3 if "bad" in name else 1)
+    if "stopped" in name:
+        sys.exit(130)
     if "crash" in name:
         os.kill(os.getpid(), signal.SIGKILL)
     if "slow" in name and not (folder / "state").exists():
@@ -74,6 +76,11 @@ else:
         sys.exit(1)
     pathlib.Path(options["--output"]).write_text("video")
 """
+
+
+def hear_ctrl_c():
+    """Undo what a shell does that runs the tests in the background, in the child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Stage:
@@ -99,6 +106,7 @@ class Stage:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=hear_ctrl_c,
         )
 
     def run(self, *arguments, **variables):
@@ -257,6 +265,14 @@ def test_stopped_script_lets_the_projector_save_and_goes_on_later(stage, number,
     assert stage.photos()[:2] == ["projector.py 1", "gen_videos.py slow/pre.mp4"]
 
 
+def test_ctrl_c_that_only_the_projector_hears_stops_the_script_too(stage):
+    stage = stage("stopped", "z")
+    status, errors = stage.run(*stage.common)
+    assert status == 130
+    assert errors.splitlines()[-1] == "gen_pti_script.sh: stopped; the same command goes on from here"
+    assert stage.photos() == ["projector.py 0"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
@@ -303,6 +319,7 @@ class RealRun:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=hear_ctrl_c,
         )
 
 
