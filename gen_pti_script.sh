@@ -222,7 +222,7 @@ main() {
         exit 1
     fi
     say "done: $total photos in $outdir"
+    exit 0  # bash reads on where it was in the file, which may have been replaced in the hours since
 }
 
-# On one line: bash reads a script while it runs, and this one runs for hours, in which it may be replaced.
-main "$@"; exit
+main "$@"
