@@ -111,6 +111,7 @@ choose_python() {
 
 child='' stopped=''
 
+# shellcheck disable=SC2329  # the traps below call it
 stop() {
     stopped=$1
     say "stopping; what was done so far is kept"
