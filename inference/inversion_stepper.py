@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from inference.photos import Photo
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam
-_JITTER, _RENDER = 0, 1  # streams of random numbers; those of the stages follow
+_RENDER = 1  # stream of random numbers, among those of the stages
 
 
 class InversionDiverged(ValueError):
