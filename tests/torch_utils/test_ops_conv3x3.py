@@ -60,6 +60,16 @@ def test_conv3x3_frozen_weight_or_image_gets_no_gradient():
 
 
 @needs_kernel
+def test_conv3x3_frozen_weight_needs_no_image_afterwards():
+    x, weight = tensors()
+    frozen = conv3x3(x, weight.detach())
+    assert frozen.grad_fn.saved_tensors[0] is None
+    assert conv3x3(x, weight).grad_fn.saved_tensors[0] is not None
+    expected = torch.autograd.grad(plain(x, weight.detach()).square().sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(frozen.square().sum(), x)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_kernel
 def test_conv3x3_expanded_gradient_is_taken():
     x, weight = tensors()
     (ours,) = torch.autograd.grad(conv3x3(x, weight).sum(), x)  # its gradient has strides of 0

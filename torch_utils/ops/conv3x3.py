@@ -46,9 +46,10 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        # A new tensor for the weights, so that nothing is kept for a next call.
-        out = conv2d_native.modulated_conv3x3(_to_channels_last(x), weight.detach(), None)
+        learns = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if learns else None, weight)
+        # Of weights that change, a new tensor, so that nothing is kept for a next call.
+        out = conv2d_native.modulated_conv3x3(_to_channels_last(x), weight.detach() if learns else weight, None)
         return out if x.is_contiguous(memory_format=torch.channels_last) else _to_channels_first(out)
 
     @staticmethod
