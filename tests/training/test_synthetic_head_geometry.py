@@ -123,8 +123,8 @@ def test_distance_follows_the_shape_of_the_face(name):
     value = getattr(plain.face, name)
     larger = dataclasses.replace(plain, face=FaceShape(**{name: 1.1 * value}))
     points = places(4000)
-    inside = [int((HeadField([head], "cpu").distance(*points) < 0.0).sum()) for head in (plain, larger)]
-    assert inside[0] < inside[1]
+    before, after = (HeadField([head], "cpu").distance(*points) for head in (plain, larger))
+    assert (before - after).max() > 1e-3  # somewhere there is more of it
 
 
 @pytest.mark.parametrize(
