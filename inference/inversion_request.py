@@ -97,8 +97,10 @@ class InversionRequest:
             ValueError: the target is no folder of photos with cameras and no photo with one, or has no such index.
             OSError: a file cannot be read.
         """
-        target = self.target / self.subfolder
-        files = list_photos(target, camera=self.camera, mask=self.mask)
+        target, results = self.target / self.subfolder, self.outdir / source_name(self.network)
+        if self.outdir.resolve() != target.resolve():  # else only what this network has made is told from photos
+            results = self.outdir
+        files = list_photos(target, camera=self.camera, mask=self.mask, results=results)
         indices = range(len(files)) if self.indices is None else self.indices
         for index in indices:
             expected = f"0 to {len(files) - 1}, {len(files)} photos in {target}"

@@ -68,18 +68,21 @@ def list_photos(
     mask: str | os.PathLike | None = None,
     *,
     radius: float = TRAINING_RADIUS,
+    results: str | os.PathLike | None = None,
 ) -> list[PhotoFile]:
     """Find photos with their cameras and masks.
 
     A folder has its cameras in `dataset.json`, the format of data sets; without one, the folders below that have one
-    are read. Hidden files are passed over, and so is a folder of masks within the target. Photos come in the order of
-    their paths. What is wrong with one photo of a folder is its `defect`; only what concerns all is an error.
+    are read. Hidden files are passed over, and so are folders of masks and of results within the target. Photos come in
+    the order of their paths. What is wrong with one photo of a folder is its `defect`; only what concerns all is an
+    error.
 
     Args:
         target: such a folder, or one image.
         camera: of one image, see `parse_camera`; None takes it from `dataset.json` in the folder of the image.
         mask: an image if there is one photo, or a folder of images that are matched by path without extension.
         radius: distance of a camera that is given by angles.
+        results: folder whose pictures are no photos, if it is within the target; it need not exist.
 
     Returns:
         At least one photo.
@@ -96,7 +99,7 @@ def list_photos(
     if target.is_dir():
         if camera is not None:
             raise ValueError(f"camera: expected one image as the target of one camera, came the folder {shown(target)}")
-        return _in_folder(target, mask)
+        return _in_folder(target, mask, None if results is None else Path(results))
     _require_image(target, "target", f"a folder with {LABELS_NAME}, or an image")
     photo = _single(target, camera, mask, radius)
     if photo.defect is not None:
@@ -134,16 +137,18 @@ class _Entry(NamedTuple):
     defect: str | None
 
 
-def _in_folder(target: Path, mask: Path | None) -> list[PhotoFile]:
-    masks_below = _masks_below(target, mask)
-    folders = [folder for folder in _labelled_folders(target) if not folder.startswith(masks_below)]
+def _in_folder(target: Path, mask: Path | None, results: Path | None) -> list[PhotoFile]:
+    if mask is not None and mask.resolve() == target.resolve():
+        raise ValueError(f"mask: expected another folder than that of the photos, came {shown(mask)}")
+    no_photos = tuple(_relative_folder(folder, target) for folder in (mask, results) if folder is not None)
+    folders = [folder for folder in _labelled_folders(target) if not folder.startswith(no_photos)]
     if not folders:
         raise ValueError(f"target: expected {LABELS_NAME} in {shown(target)} or in folders below it, came none")
     entries = [
         entry
         for folder in folders
         for entry in _labelled_images(target, folder)
-        if not entry.name.startswith(masks_below)
+        if not entry.name.startswith(no_photos)
     ]
     if not entries:
         raise ValueError(f"target: expected images in {shown(target)}, came none")
@@ -158,14 +163,9 @@ def _in_folder(target: Path, mask: Path | None) -> list[PhotoFile]:
     return list(photos.values())
 
 
-def _masks_below(target: Path, mask: Path | None) -> str:
-    """Return how the paths of masks start, relative to the target, or what no path starts with."""
-    if mask is None or not mask.is_dir():
-        return "\0"
-    relative = os.path.relpath(mask.resolve(), target.resolve())
-    if relative == ".":
-        raise ValueError(f"mask: expected another folder than that of the photos, came {shown(mask)}")
-    return relative.replace(os.sep, "/") + "/"
+def _relative_folder(folder: Path, target: Path) -> str:
+    """Return how the paths of what is in a folder start, relative to the target."""
+    return os.path.relpath(folder.resolve(), target.resolve()).replace(os.sep, "/") + "/"
 
 
 def _photo(target: Path, entry: _Entry, masks: _Masks) -> PhotoFile:

@@ -142,6 +142,14 @@ def test_masks_within_the_target_are_no_photos(tmp_path):
     assert photo.defect is None and photo.mask == folder / "seg/a.png"
 
 
+@pytest.mark.parametrize("folder", ["", "sub"])
+def test_results_within_the_target_are_no_photos(folder, tmp_path):
+    photos = data_set(tmp_path / folder, ["a.png"])
+    results = data_set(photos / "out", ["target.png"])
+    assert len(list_photos(tmp_path)) == len(list_photos(tmp_path, results=photos / "ou")) == 2
+    assert [photo.image.name for photo in list_photos(tmp_path, results=results)] == ["a.png"]
+
+
 def test_mask_is_cropped_with_its_photo(tmp_path):
     array = np.zeros((16, 24), np.uint8)
     array[:, 4:12] = 255  # the left half of the square in the middle
