@@ -17,10 +17,11 @@ from dnnlib import serialize
 from inference import inversion_results as results
 from inference.inversion import PivotalTuning, Projection
 from inference.inversion_request import InversionRequest, PhotoJob
+from inference.inversion_stepper import place_photo
 from inference.inversion_work import Work
 from inference.loading import load_generator
 from inference.perceptual import PerceptualDistance, load_perceptual_distance
-from inference.photos import Photo, read_photo
+from inference.photos import read_photo
 from inference.video_request import load_latent
 from torch_utils import distributed
 from torch_utils.pictures import save_png, tile
@@ -30,6 +31,7 @@ from training.snapshots import save_networks
 from training.triplane import TriPlaneGenerator
 
 STAGES = ("w", "pti")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no room, or not writable: of no photo in particular
 _STAGE_NAMES = {"w": "latent", "pti": "tuning"}
 
 
@@ -66,7 +68,8 @@ def invert_photos(
 
     Raises:
         InversionStopped: `should_stop` said so.
-        ValueError, OSError: what all photos need is not there: the target, the network, the distance, disk space.
+        ValueError, OSError: what all photos need is not there: the target, the network, the distance, room on a disk
+            that can be written.
     """
     tools: _Tools | None = None
     for job in distributed.shard(request.jobs()):
@@ -83,7 +86,7 @@ def invert_photos(
         try:
             _PhotoRun(request, job, tools, report, should_stop).run()
         except (ValueError, OSError) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
+            if getattr(error, "errno", None) in _DISK_ERRORS:
                 raise
             yield PhotoOutcome(job=job, status="failed", message=one_line(error))
         else:
@@ -168,7 +171,7 @@ class _PhotoRun:
         photo = read_photo(self.job.file, self.tools.generator.img_resolution)
         if photo.note:
             self.report(f"{photo.name}: {photo.note}")
-        self.photo = _to(photo, self.tools.device)
+        self.photo = place_photo(photo, self.tools.generator)
         self.distance = _FeaturesOnce(self.tools.distance, self.photo.image)
         with self.work.locked():
             if _is_done(self.request, self.job):  # by another process, since the list was made
@@ -323,11 +326,6 @@ class _PhotoRun:
             "made_from": self.request.identity(self.job),
         }
         results.save_json(self.folder / results.METRICS, metrics)
-
-
-def _to(photo: Photo, device: torch.device) -> Photo:
-    mask = None if photo.mask is None else photo.mask.to(device)
-    return dataclasses.replace(photo, image=photo.image.to(device), label=photo.label.to(device), mask=mask)
 
 
 def _describe_distance(distance: PerceptualDistance, vgg: str | None) -> str:

@@ -403,12 +403,13 @@ def test_diverged_photo_fails_and_keeps_its_state(log, request_of, tmp_path, mon
     assert Work(tmp_path / "out" / "tiny" / "a", 0).load().stage == "pti"
 
 
-def test_full_disk_ends_the_run(log, request_of, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_disk_that_takes_nothing_ends_the_run(log, request_of, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, "the disk takes nothing")
 
-    monkeypatch.setattr(inversion_run, "save_png", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(inversion_run, "save_png", refuse)
+    with pytest.raises(OSError, match="the disk takes nothing"):
         run(request_of(["a.png", "b.png"]))
 
 
@@ -467,6 +468,12 @@ def test_subfolder_is_one_of_the_output_too(request_of, tmp_path):
     for bad in ("../photos", "/photos"):
         with pytest.raises(ValueError, match="--filename"):
             request_of(subfolder=bad)
+
+
+@pytest.mark.parametrize("outdir", ["photos/out", "photos"])
+def test_results_beside_the_photos_are_not_taken_for_photos(log, request_of, outdir):
+    run(request_of(["a.png"], outdir=outdir))
+    assert [status for status, _ in run(request_of(outdir=outdir))[0]] == ["done before"]
 
 
 def test_local_network_of_other_contents_is_another_network(log, request_of, tmp_path):
