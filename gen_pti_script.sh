@@ -2,7 +2,8 @@
 # Invert photos, and show each head turning before and after tuning; see usage below.
 set -euo pipefail
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+script=$(readlink -f -- "${BASH_SOURCE[0]}") || script=${BASH_SOURCE[0]}  # it may be called by a link
+root=$(cd -- "$(dirname -- "$script")" && pwd -P)
 
 usage() {
     cat <<'USAGE'
@@ -190,8 +191,10 @@ main() {
     [[ -z $vgg ]] || projection+=(--vgg "$vgg")
     projection+=(${extra[@]+"${extra[@]}"})
 
-    local plan number name folder status
-    plan=$("${python[@]}" "$root/projector.py" "${projection[@]}" --idx "$idx" --dry-run) || exit 2
+    local plan number name folder status=0
+    plan=$("${python[@]}" "$root/projector.py" "${projection[@]}" --idx "$idx" --dry-run) || status=$?
+    [[ $status -lt 128 ]] || exit "$status"  # stopped
+    [[ $status == 0 ]] || exit 2
     local -a numbers=() names=() folders=() statuses=()
     while IFS= read -r -d '' number && IFS= read -r -d '' name && IFS= read -r -d '' folder && IFS= read -r -d '' status
     do

@@ -39,13 +39,15 @@ arguments = sys.argv[1:]
 if arguments[0] == "-c":
     os.execv({sys.executable!r}, [{sys.executable!r}, *arguments])
 here = pathlib.Path(__file__).parent
-script, options = pathlib.Path(arguments[0]), dict(zip(arguments[1::2], arguments[2::2]))
+script, options = pathlib.Path(arguments[0]).resolve(strict=True), dict(zip(arguments[1::2], arguments[2::2]))
 with open(here / "calls", "a") as file:
     file.write(json.dumps([script.name, *arguments[1:]]) + "\\n")
 names = json.loads((here / "names.json").read_text())
 if script.name == "projector.py":
     folders = [pathlib.Path(options["--outdir"]) / "net ö" / name for name in names]
     if arguments[-1] == "--dry-run":
+        if "stopped" in options["--network"]:
+            sys.exit(130)
         statuses = ["done" if (folder / "metrics.json").exists() else "new" for folder in folders]
         keys = ("index", "name", "folder", "status")
         photos = [dict(zip(keys, row)) for row in zip(range(99), names, map(str, folders), statuses)]
@@ -94,12 +96,12 @@ class Stage:
         (folder / "my photos").mkdir()
         self.common = ["--network", "my net.pkl", "--outdir", str(self.out), "my photos"]
 
-    def start(self, *arguments, **variables):
+    def start(self, *arguments, script=SCRIPT, **variables):
         """Start the script as a process group."""
         environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         environment |= {"PYTHON": str(self.folder / "python"), **variables}
         return subprocess.Popen(
-            ["bash", str(SCRIPT), *map(str, arguments)],
+            ["bash", str(script), *map(str, arguments)],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -109,9 +111,9 @@ class Stage:
             preexec_fn=hear_ctrl_c,
         )
 
-    def run(self, *arguments, **variables):
+    def run(self, *arguments, **options):
         """Run the script to its end; returns status and stderr."""
-        process = self.start(*arguments, **variables)
+        process = self.start(*arguments, **options)
         out, errors = process.communicate(timeout=60)
         assert not out
         return process.returncode, errors
@@ -263,6 +265,20 @@ def test_stopped_script_lets_the_projector_save_and_goes_on_later(stage, number,
     assert stage.photos()[-1] == "projector.py 1"
     assert stage.run(*stage.common)[0] == 0
     assert stage.photos()[:2] == ["projector.py 1", "gen_videos.py slow/pre.mp4"]
+
+
+def test_script_that_is_called_by_a_link_finds_the_others(stage):
+    stage = stage("a")
+    (stage.folder / "pti").symlink_to(SCRIPT)
+    status, errors = stage.run(*stage.common, script="./pti")
+    assert status == 0, errors
+    assert len(stage.photos()) == 3
+
+
+def test_ctrl_c_while_planning_is_no_wrong_option(stage):
+    stage = stage("a")
+    assert stage.run("--network", "stopped", "my photos")[0] == 130
+    assert not stage.photos()
 
 
 def test_ctrl_c_that_only_the_projector_hears_stops_the_script_too(stage):
