@@ -128,7 +128,7 @@ class Projection(Stepper):
     def _camera_moves(self) -> bool:
         return self._camera is not None and self.step_index >= self.settings.camera.start * self.num_steps
 
-    def _compute(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _compute(self) -> dict[str, torch.Tensor]:
         scale = w_noise_scale(self.settings.projection, self.step_index) * self._statistics.std
         random = torch.Generator().manual_seed(self._seed(_W_NOISE))
         noise = torch.randn(self._w.shape, generator=random).to(self._w)
@@ -140,7 +140,7 @@ class Projection(Stepper):
         terms["w_norm"] = (self._w - self._statistics.mean).square().mean()
         if self._noise:
             terms["noise"] = sum(noise_correlation(value) for value in self._noise.values())
-        return rendered, terms
+        return terms
 
     def _weights(self) -> dict[str, float]:
         chosen = self.settings.projection
@@ -246,12 +246,12 @@ class PivotalTuning(Stepper):
         """Layer noise of stage 1, `[H, W]` by name of the buffer; empty where there was none."""
         return dict(self._noise)
 
-    def _compute(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _compute(self) -> dict[str, torch.Tensor]:
         rendered = self._views.render(self._ws, self._step_label(), self._seed(_JITTER))
         terms = self._image_loss(rendered) | self._camera_terms()
         if self._base is not None and self.step_index % self.settings.tuning.locality_interval == 0:
             terms["locality"] = self._locality()
-        return rendered, terms
+        return terms
 
     def _locality(self) -> torch.Tensor:
         """Return how far another head near the pivot has moved from what the base makes of it (paper, equation 4)."""

@@ -51,8 +51,6 @@ class Stepper(ABC):
         self.generator, self.settings, self.num_steps = generator, settings, num_steps
         self.step_index = 0
         """Steps done."""
-        self.last_image: torch.Tensor | None = None
-        """What the last step rendered before it changed anything, `[1, 3, H, W]`; None before the first one."""
         self._label = label
         self._photo_checksum = torch.tensor(zlib.crc32(photo.image.cpu().numpy().tobytes()))
         refines = settings.camera.refine and (self._stage_seed == 1 or settings.camera.in_tuning)
@@ -90,8 +88,7 @@ class Stepper(ABC):
         """
         require(not self.finished, f"{self.stage}, step", f"one of {self.num_steps}", self.step_index)
         self._optimizer.zero_grad(set_to_none=True)
-        rendered, terms = self._compute()
-        weights = self._weights()
+        terms, weights = self._compute(), self._weights()
         loss = sum(weights[name] * term for name, term in terms.items())
         values = dict(zip(["loss", *terms], torch.stack([loss, *terms.values()]).tolist()))
         self._require_finite("loss", values, all(map(math.isfinite, values.values())))
@@ -104,7 +101,6 @@ class Stepper(ABC):
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)  # until the next step, gradients are memory
         self._after_step()
-        self.last_image = rendered["image"].detach()
         self.step_index += 1
         return values
 
@@ -141,13 +137,12 @@ class Stepper(ABC):
                     kind: moment.to(value.device, copy=True) for kind, moment in moments.items()
                 }
         self.step_index = int(state["step"])
-        self.last_image = None
 
     # ---- for the stages ----
 
     @abstractmethod
-    def _compute(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Return what was rendered, and the terms of the loss."""
+    def _compute(self) -> dict[str, torch.Tensor]:
+        """Render, and return the terms of the loss, not weighted."""
 
     @abstractmethod
     def _weights(self) -> dict[str, float]:

@@ -120,7 +120,7 @@ def test_refined_camera_stays_a_camera_and_has_gradients():
     camera_utils.check_label(refinement.label(), rotation_tolerance=1e-5)
     refinement.label().square().sum().backward()
     assert bool(refinement.unknowns.grad.isfinite().all())
-    assert float(refinement.penalty()) == pytest.approx(float(torch.linspace(-8, 8, 7).square().sum()))
+    assert refinement.penalty().item() == pytest.approx(float(torch.linspace(-8, 8, 7).square().sum()))
 
 
 def test_refined_camera_gradients_are_those_of_differences():
