@@ -80,6 +80,7 @@ class VggDistance:
             OSError: it cannot be read.
         """
         self._source = os.fspath(source)
+        require(bool(self._source.strip()), "vgg", "the path or URL of a TorchScript file", "nothing")
         self.name = f"vgg16 ({_file_name(self._source)})"
         self._model = _load_script(self._source, device)
         try:
@@ -349,7 +350,8 @@ def _load_script(source: str, device: torch.device | str) -> torch.jit.ScriptMod
             warnings.simplefilter("ignore", DeprecationWarning)
             model = torch.jit.load(path, map_location=device)
     except RuntimeError as error:
-        raise ValueError(f"{source}: expected a TorchScript file, got another one: {_last_line(error)}") from error
+        reason = _last_line(error).partition(". ")[0]  # what comes then is about bugs in PyTorch
+        raise ValueError(f"{source}: expected a TorchScript file, got another one: {reason}") from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()

@@ -389,7 +389,7 @@ def test_vgg_distance_other_file_raises_and_names_it(tmp_path, vgg_path, content
         path.write_bytes({"text": b"hello", "empty": b"", "cut off": vgg_path.read_bytes()[:-100]}[content])
     with pytest.raises(ValueError, match=r"vgg\.pt: expected a TorchScript file, got another one: .") as caught:
         load_perceptual_distance(str(path))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "bug" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -424,3 +424,8 @@ def test_vgg_distance_absent_file_raises(tmp_path):
         load_perceptual_distance(str(tmp_path / "none.pt"))
     with pytest.raises(IsADirectoryError):
         load_perceptual_distance(str(tmp_path))
+
+
+def test_vgg_distance_blank_name_is_no_folder_and_raises():
+    with pytest.raises(ValueError, match="vgg: expected the path or URL of a TorchScript file, got 'nothing'"):
+        load_perceptual_distance("")
