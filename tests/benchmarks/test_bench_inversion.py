@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -14,11 +15,17 @@ from benchmarks.inversion_clock import SECTIONS
 from inference.perceptual import load_perceptual_distance
 from tests.helpers.threads import one_thread  # noqa: F401 (a fixture for every test)
 from tests.helpers.tiny import tiny_network
+from training.config import SuperresolutionConfig
 
 
 @pytest.fixture(autouse=True)
 def tiny_preset(monkeypatch):
-    monkeypatch.setattr(bench_inversion, "load_generator", lambda source, device: tiny_network().requires_grad_(False))
+    small = SuperresolutionConfig(variant="Superresolution2XSmall")
+    network = tiny_network(img_resolution=64, superresolution=small).requires_grad_(False)
+    monkeypatch.setattr(bench_inversion, "load_generator", lambda source, device: network)
+    few_samples = dataclasses.replace(bench_inversion._SETTINGS.projection, num_w_samples=100)
+    settings = dataclasses.replace(bench_inversion._SETTINGS, projection=few_samples)
+    monkeypatch.setattr(bench_inversion, "_SETTINGS", settings)
     monkeypatch.setattr(bench_inversion, "fma_gflops", lambda threads: 100.0)  # it takes seconds
 
 

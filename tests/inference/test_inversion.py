@@ -164,9 +164,9 @@ def published_frontal_pose() -> torch.Tensor:
 
 def test_projection_computes_the_published_loop(exact):
     photo = a_photo(exact)
-    ours = project(exact, photo, settings(5, seed=11)).ws
+    ours = project(exact, photo, settings(4, seed=11)).ws
     # The pose of the mean w is float32 here and there, but not rounded in the same order.
-    torch.testing.assert_close(ours, published_projection(exact, photo, 5, 11), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, published_projection(exact, photo, 4, 11), rtol=1e-5, atol=1e-5)
 
 
 def test_tuning_computes_the_published_loop(exact):
@@ -240,8 +240,8 @@ def test_published_pose_offset_shifts_the_camera_once(network):
 def test_camera_that_is_wrong_by_some_degrees_comes_back(head):
     ws = known_ws(head)
     photo = photo_of(head, ws, view_label(0), claimed_label=view_label(5, -3))
-    camera = CameraSettings(refine=True, learning_rate=0.15, start=0)
-    chosen = settings(30, camera=camera, space="w", learning_rate=1e-3, w_noise=0.0, w_norm_weight=0.0)
+    camera = CameraSettings(refine=True, learning_rate=0.35, start=0)
+    chosen = settings(12, camera=camera, space="w", learning_rate=1e-3, w_noise=0.0, w_norm_weight=0.0)
     projection = Projection(head, photo, AreaDistance(), chosen, ws)
     assert torch.equal(projection.label, photo.label)
     run(projection)
@@ -256,13 +256,11 @@ def test_camera_is_refined_in_tuning_too(head):
     ws = known_ws(head)
     photo = photo_of(head, ws, view_label(0))
     camera = CameraSettings(refine=True, tuning_learning_rate=0.2)
-    parts = ("superresolution",)  # whose images stay almost the same, so that the camera must do it
-    chosen = settings(tuning_steps=15, camera=camera, parts=parts)
+    chosen = settings(camera=camera)
+    # Weights stay almost as they are, so that the camera must do it.
+    slow = TuningSettings(num_steps=15, learning_rate=1e-12, parts=("superresolution",))
     wrong = view_label(4)
-    tuning = PivotalTuning(head, photo, AreaDistance(), chosen, ws, wrong)
-    tuning._optimizer.param_groups[0]["name"] = "frozen"
-    tuning._learning_rate = lambda group: 0.2 if group == "camera" else 0.0
-    run(tuning)
+    tuning = run(PivotalTuning(head, photo, AreaDistance(), dataclasses.replace(chosen, tuning=slow), ws, wrong))
     assert abs(float(yaw_pitch_roll_deg(tuning.label)[0, 0])) < 2.5
     still = PivotalTuning(
         head,
@@ -289,7 +287,7 @@ def test_background_of_the_photo_without_weight_has_no_influence(network):
     torch.testing.assert_close(*same, rtol=0, atol=2e-3)
     assert float((different[0] - different[1]).abs().max()) > 0.05
     unmasked = project(network, dataclasses.replace(photo, mask=None), settings(4, background_weight=0.0)).ws
-    assert torch.equal(unmasked, project(network, photo, settings(4, background_weight=1.0)).ws)
+    assert torch.equal(unmasked, different[0])
 
 
 def test_silhouette_pulls_the_opacity_to_the_mask(network):
@@ -297,7 +295,7 @@ def test_silhouette_pulls_the_opacity_to_the_mask(network):
     weights = (0.0, 1000.0)
     opacity = []
     for weight in weights:
-        ws = project(network, photo, settings(8, silhouette_weight=weight, space="w", learning_rate=0.05)).ws
+        ws = project(network, photo, settings(5, silhouette_weight=weight, space="w", learning_rate=0.1)).ws
         opacity.append(float(Head(network, ws).render(photo.label)["image_mask"].mean()))
     assert opacity[1] < opacity[0] - 0.01
     with pytest.raises(ValueError, match="silhouette_weight: expected 0 for a photo without mask, got 1.0"):
@@ -319,14 +317,14 @@ def make_stepper(network, stage: str) -> Stepper:
 
 @pytest.fixture(scope="module", params=["projection", "tuning"])
 def whole_run(request, network):
-    """Return a stage, its state after 0, 1 and 3 steps, and the stepper after the last."""
+    """Return a stage, its state after 0 and 3 steps, and the stepper after the last."""
     stepper, states = make_stepper(network, request.param), {}
-    for step in (0, 1, 3):
+    for step in (0, 3):
         states[step] = clone_state(run(stepper, until=step))
     return request.param, states, run(stepper)
 
 
-@pytest.mark.parametrize("step", [0, 1, 3])
+@pytest.mark.parametrize("step", [0, 3])
 def test_resumed_stage_is_the_uninterrupted_one_bit_for_bit(network, whole_run, step):
     stage, states, whole = whole_run
     torch.randn(3)  # whatever the process does with its own random numbers
@@ -559,7 +557,7 @@ def test_round_trip_brings_the_head_back_from_all_sides(head):
     ws, yaws = known_ws(head), (0.0, 60.0, -60.0, 180.0)
     targets = {yaw_deg: Head(head, ws).render(view_label(yaw_deg))["image"] for yaw_deg in yaws}
     # The landscape of random weights is rougher than that of a trained network: smaller steps, less noise.
-    chosen = settings(45, 15, space="w", learning_rate=0.02, w_noise=0.01, ray_start=2.25)
+    chosen = settings(24, 8, space="w", learning_rate=0.03, w_noise=0.01, ray_start=2.25)
     photo = photo_of(head, ws, view_label(0))
     projection = Projection(head, photo, AreaDistance(), chosen)
     start = view_psnrs(head, projection.ws, targets)
@@ -568,8 +566,8 @@ def test_round_trip_brings_the_head_back_from_all_sides(head):
     tuning = run(PivotalTuning(head, photo, AreaDistance(), chosen, projection.ws, projection.label))
     tuned = view_psnrs(tuning.generator, tuning.ws, targets)
     flat = [psnr(targets[0.0], targets[yaw_deg]) for yaw_deg in yaws]  # of a picture that looks the same from all sides
-    assert found[0] > start[0] + 7
-    assert all(after > before + 4 for before, after in zip(start, found)), (start, found)
+    assert found[0] > start[0] + 6
+    assert all(after > before + 3 for before, after in zip(start, found)), (start, found)
     assert all(view > seen_everywhere + 5 for view, seen_everywhere in zip(found[1:], flat[1:])), (found, flat)
     assert tuned[0] > found[0] + 1, (found, tuned)
     assert all(view > seen_everywhere + 5 for view, seen_everywhere in zip(tuned[1:], flat[1:])), (tuned, flat)
@@ -581,8 +579,9 @@ def test_other_representations_are_inverted(representation):
     label = view_label(10)
     ws = generator.mapping(latents(1, 5), label)
     photo = photo_of(generator, ws, label)
-    projection = Projection(generator, photo, AreaDistance(), settings(12, 4, learning_rate=0.05))
-    losses = [projection.step()["loss"] for _ in range(12)]
-    tuning = PivotalTuning(generator, photo, AreaDistance(), settings(12, 4), projection.ws, projection.label)
-    losses += [tuning.step()["loss"] for _ in range(4)]
-    assert losses[11] < 0.7 * losses[0] and losses[-1] < losses[12]
+    chosen = settings(7, 3, learning_rate=0.1)
+    projection = Projection(generator, photo, AreaDistance(), chosen)
+    found = [projection.step()["loss"] for _ in range(7)]
+    tuning = PivotalTuning(generator, photo, AreaDistance(), chosen, projection.ws, projection.label)
+    tuned = [tuning.step()["loss"] for _ in range(3)]
+    assert found[-1] < 0.7 * found[0] and tuned[-1] < tuned[0]
