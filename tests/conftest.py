@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Processes of `pytest -n` share the cores; PyTorch, in which each would otherwise take all, reads this when it starts.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _THREADS = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _THREADS)))
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 SHARED_DIR = REPO_ROOT.parent / "shared"  # specification fixtures and golden outputs, beside the checkout
