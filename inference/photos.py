@@ -88,8 +88,8 @@ def list_photos(
         At least one photo.
 
     Raises:
-        ValueError: there is no photo; or a camera cannot be read; or two photos have the same name without extension;
-            or, of a single image, anything that would be its `defect`.
+        ValueError: there is no photo; or a camera cannot be read; or two photos have the same `name`; or, of a single
+            image, anything that would be its `defect`.
         OSError: a file cannot be read.
 
     Differs from the published code, where one image without a label stops all, and masks are not used.
@@ -158,7 +158,7 @@ def _in_folder(target: Path, mask: Path | None, results: Path | None) -> list[Ph
         photo = _photo(target, entry, masks)
         if photo.name in photos:
             came = f"{shown(photos[photo.name].image)} and {shown(photo.image)}"
-            raise ValueError(f"target: expected photos with names that differ without extension, came {came}")
+            raise ValueError(f"target: expected photos with results in different folders, came {came}: {photo.name}")
         photos[photo.name] = photo
     return list(photos.values())
 

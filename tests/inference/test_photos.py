@@ -378,7 +378,7 @@ def test_resolution_that_no_network_has_is_refused(tmp_path):
 def test_photos_whose_names_collide_are_refused(tmp_path):
     for number, pair in enumerate((["a.png", "a.jpg"], ["x/a.png", "x_a.png"], ["Zoë.png", "Zoe\u0308.png"])):
         folder = data_set(tmp_path / str(number), pair)
-        with pytest.raises(ValueError, match="target: expected photos with names that differ without extension, came"):
+        with pytest.raises(ValueError, match="target: expected photos with results in different folders, came"):
             list_photos(folder)
 
 
