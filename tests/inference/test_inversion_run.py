@@ -345,6 +345,23 @@ def test_changed_photo_is_not_taken_for_the_one_before(log, request_of, tmp_path
     assert status == "failed" and ": photo was " in message
 
 
+@pytest.mark.parametrize("changed", ["camera", "mask", "latent"])
+def test_changed_camera_mask_or_latent_is_not_taken_for_the_one_before(log, request_of, tmp_path, generator, changed):
+    request = request_of()
+    label = json.loads((tmp_path / "photos" / "dataset.json").read_text())["labels"][0][1]
+    Image.new("L", (SIDE, SIDE), 255).save(tmp_path / "mask.png")
+    np.savez(tmp_path / "start.npz", w=np.zeros((1, generator.backbone.num_ws, 512)))
+    label[16] *= 1.5
+    given = {
+        "camera": {"camera": json.dumps(label), "target": request.target / "a.png"},
+        "mask": {"mask": tmp_path / "mask.png"},
+        "latent": {"latent": tmp_path / "start.npz"},
+    }
+    run(request)
+    [(status, message)], _ = run(dataclasses.replace(request, **given[changed]))
+    assert status == "failed" and f"of another command: {changed}" in message
+
+
 def test_files_of_others_are_not_replaced(log, request_of, tmp_path):
     folder = tmp_path / "out" / "tiny" / "a"
     folder.mkdir(parents=True)
