@@ -87,6 +87,7 @@ read_options() {
             *) target=$1; targets=$((targets + 1)); shift ;;
         esac
     done
+    [[ " ${extra[*]-} " != *" --dry-run "* ]] || refuse "--dry-run: expected projector.py for that, not this script"
     [[ $targets -le 1 ]] || refuse "expected one target, came $targets; the last is $target"
     [[ $w_frames =~ ^[1-9][0-9]*$ ]] || refuse "--w-frames: expected a number above 0, came '$w_frames'"
     [[ -e $target ]] || refuse "target: expected a folder of photos or a photo, but there is no $target (see --help)"
@@ -204,7 +205,8 @@ main() {
 
     trap 'stop INT' INT
     trap 'stop TERM' TERM HUP
-    local i total=${#numbers[@]}
+    local i total=${#numbers[@]} photos="${#numbers[@]} photos"
+    [[ $total -gt 1 ]] || photos="1 photo"
     failures=() fatal=false
     for ((i = 0; i < total; i++)); do
         say "photo $((i + 1)) of $total: ${names[i]}"
@@ -221,11 +223,11 @@ main() {
     if [[ ${#failures[@]} -gt 0 ]]; then
         local count="${#failures[@]} failures"
         [[ ${#failures[@]} -gt 1 ]] || count="1 failure"
-        say "$count among $total photos:"
+        say "$count among $photos:"
         printf '  %s\n' "${failures[@]}" >&2
         exit 1
     fi
-    say "done: $total photos in $outdir"
+    say "done: $photos in $outdir"
     exit 0  # bash reads on where it was in the file, which may have been replaced in the hours since
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from training.triplane import TriPlaneGenerator
 
 STAGES = ("w", "pti")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no room, or not writable: of no photo in particular
+_BAR_INTERVAL_S, _LOG_INTERVAL_S = 0.1, 10.0  # between two states of a bar, on a terminal and in a file
 _STAGE_NAMES = {"w": "latent", "pti": "tuning"}
 
 
@@ -244,6 +246,7 @@ class _PhotoRun:
             desc=f"{self.job.file.name}: {_STAGE_NAMES[stage]}",
             unit="step",
             position=distributed.local_rank(),
+            mininterval=_BAR_INTERVAL_S if sys.stderr.isatty() else _LOG_INTERVAL_S,
         ) as bar:
             while not stepper.finished:
                 if stepper.step_index % frame_interval == 0 and not (stage == "pti" and stepper.step_index == 0):
