@@ -33,7 +33,10 @@ def resolve_demo(source: str | os.PathLike) -> str:
     if not is_demo(source):
         return os.fspath(source)
     if not DEMO_PATH.is_file():
-        raise FileNotFoundError(f"{DEMO_NAME}: expected the bundled network at {DEMO_PATH}, but no such file is there")
+        raise FileNotFoundError(
+            f"{DEMO_NAME}: expected the bundled network at {DEMO_PATH}, but no such file is there; name another "
+            "network: a file, a URL or init:PRESET"
+        )
     return str(DEMO_PATH)
 
 
