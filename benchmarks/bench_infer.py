@@ -27,15 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a scr
 
 import camera_utils
 import shape_utils
-from benchmarks.measure import Action, Measurement, environment, markdown_table, measure
+from benchmarks.measure import (
+    Action,
+    Measurement,
+    environment,
+    markdown_table,
+    measure,
+    memory_and_kernels,
+    restart_with_glibc_tunables,
+    write_report,
+)
 from dnnlib import cli
-from dnnlib.atomic import atomic_write
 from inference.loading import load_generator
 from inference.sampling import make_head, orbit_labels, strip_labels
 from inference.shapes import ShapeSettings
-from torch_utils import native
 from torch_utils.distributed import resolve_device
-from torch_utils.memory import keep_freed_memory, stop_keeping_memory
 from training.networks_stylegan2 import SynthesisOptions
 from training.presets import GENERATOR_PRESETS
 from training.representations import PLANE_FEATURES
@@ -48,9 +54,6 @@ PUBLISHED_CHUNK_POINTS = 1_000_000
 LONG_S = 30.0
 """Stages that take longer run once."""
 OURS, SCRATCH = "ours", "reference"
-GLIBC_TUNABLES = (
-    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=268435456"
-)
 _CONST = SynthesisOptions(noise_mode="const")
 _SEED = 0
 _UNTIMED_RUNS = 2  # of `measure`
@@ -92,11 +95,7 @@ class Subject:
         """Compute in one of the two ways while the body runs."""
         self.generator.fold_projections = ours
         self.generator.renderer.choose("auto" if ours else "reference", self.device)
-        if ours:
-            keep_freed_memory()
-        else:
-            stop_keeping_memory()
-        with contextlib.nullcontext() if ours else native.disabled():
+        with memory_and_kernels(ours):
             yield
 
     def map(self, ours: bool) -> torch.Tensor:
@@ -274,9 +273,8 @@ def benchmark(
     device: str,
 ) -> None:
     """Time the stages of inference, ours and plain, and print a table."""
-    if glibc_tunables and os.environ.get("GLIBC_TUNABLES") != GLIBC_TUNABLES:
-        # glibc reads them when a process starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": GLIBC_TUNABLES})
+    if glibc_tunables:
+        restart_with_glibc_tunables()
     if threads is not None:
         torch.set_num_threads(threads)
     resolved = resolve_device(device)
@@ -288,13 +286,11 @@ def benchmark(
     machine["glibc_tunables"] = os.environ.get("GLIBC_TUNABLES", "")
     results = run_stages(chosen, settings["repeats"], resolved, config)
     machine["load_after"] = os.getloadavg()[0]
-    report = {"settings": settings, "environment": machine, "results": results}
     click.echo(f"{json.dumps(settings | machine)}\n\n{results_table(results)}\n")
     worst = max((result["difference"] or 0 for result in results.values()), default=0)
     click.echo(f"The two variants differ by at most {worst:.1e}.")
     if out is not None:
-        with atomic_write(out, "w") as file:
-            json.dump(report, file, indent=2, allow_nan=False)
+        write_report(out, settings, machine, results)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ Method and meaning of the columns: benchmarks/README.md.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, too
 
-from benchmarks.bench_infer import GLIBC_TUNABLES
 from benchmarks.inversion_clock import SECTIONS, instrumented
-from benchmarks.measure import environment, markdown_table, measure
+from benchmarks.measure import (
+    environment,
+    markdown_table,
+    measure,
+    memory_and_kernels,
+    restart_with_glibc_tunables,
+    write_report,
+)
 from benchmarks.operation_counts import counted, flop_counter
 from benchmarks.peaks import fma_gflops
 from benchmarks.step_clock import StepClock
 from dnnlib import cli
-from dnnlib.atomic import atomic_write
 from inference.inversion import InversionSettings, PivotalTuning, Projection, ProjectionSettings
 from inference.inversion_generator import with_ray_start
 from inference.inversion_stepper import Stepper
@@ -41,9 +45,7 @@ from inference.loading import load_generator
 from inference.perceptual import PerceptualDistance, load_perceptual_distance
 from inference.photos import Photo
 from inference.sampling import make_head, orbit_labels
-from torch_utils import native
 from torch_utils.distributed import resolve_device
-from torch_utils.memory import keep_freed_memory, stop_keeping_memory
 from torch_utils.rng import derive_seed
 from training.presets import GENERATOR_PRESETS
 from training.triplane import TriPlaneGenerator
@@ -58,17 +60,6 @@ _PHOTO_SEED = 1
 _UNTIMED_STEPS = 2  # of `measure`
 # Without noise on w both ways do the same; it costs nothing.
 _SETTINGS = InversionSettings(projection=ProjectionSettings(w_noise=0.0))
-
-
-@contextlib.contextmanager
-def memory_and_kernels(ours: bool) -> Iterator[None]:
-    """Keep freed memory and use native kernels while the body runs, or do neither."""
-    if ours:
-        keep_freed_memory()
-    else:
-        stop_keeping_memory()
-    with contextlib.nullcontext() if ours else native.disabled():
-        yield
 
 
 class PlainStage:
@@ -252,9 +243,8 @@ def benchmark(
     device: str,
 ) -> None:
     """Time the steps of both stages of an inversion, ours and plain, and print tables."""
-    if glibc_tunables and os.environ.get("GLIBC_TUNABLES") != GLIBC_TUNABLES:
-        # glibc reads them when a process starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": GLIBC_TUNABLES})
+    if glibc_tunables:
+        restart_with_glibc_tunables()
     if threads is not None:
         torch.set_num_threads(threads)
     resolved, repeats = resolve_device(device), 1 if quick else repeats
@@ -277,9 +267,7 @@ def benchmark(
         mib = results["tuning"]["network_mib"]
         click.echo(f"The plain way keeps another {mib:.0f} MiB for every {PUBLISHED_COPY_STEPS} steps of tuning.")
     if out is not None:
-        report = {"settings": settings, "environment": machine, "results": results}
-        with atomic_write(out, "w") as file:
-            json.dump(report, file, indent=2, allow_nan=False)
+        write_report(out, settings, machine, results)
 
 
 if __name__ == "__main__":

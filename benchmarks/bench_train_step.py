@@ -31,14 +31,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, too
 
-from benchmarks.bench_infer import GLIBC_TUNABLES
-from benchmarks.measure import environment, markdown_table, peak_memory
+from benchmarks.measure import GLIBC_TUNABLES, environment, markdown_table, peak_memory, write_report
 from benchmarks.operation_counts import counted, flop_counter
 from benchmarks.peaks import fma_gflops
 from benchmarks.step_clock import SECTIONS, StepClock, instrumented
 from benchmarks.train_setups import CONFIG_NAMES, START_KIMG, Variant, images_per_step, make_config
 from dnnlib import cli
-from dnnlib.atomic import atomic_write
 from torch_utils import gradients
 from torch_utils.distributed import resolve_device
 from training.data_loader import BatchLoader
@@ -325,9 +323,7 @@ def benchmark(
         click.echo(f"A step has {work['networks']:.1f} GFLOP in networks and {work['renderer']:.1f} in the renderer.")
         click.echo(f"Loss and gradient norm of the first step differ by at most {worst:.1e}.")
     if out is not None:
-        report = {"settings": settings, "environment": machine, "results": results}
-        with atomic_write(out, "w") as file:
-            json.dump(report, file, indent=2, allow_nan=False)
+        write_report(out, settings, machine, results)
 
 
 if __name__ == "__main__":

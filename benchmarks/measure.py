@@ -6,9 +6,11 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,9 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from torch_utils.memory import release_kept_memory
+from dnnlib.atomic import atomic_write
+from torch_utils import native
+from torch_utils.memory import keep_freed_memory, release_kept_memory, stop_keeping_memory
 
 Action = Callable[[], torch.Tensor]
+GLIBC_TUNABLES = (
+    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=268435456"
+)
 _MIB = 2**20
 _HIGH_WATER_MARK = Path("/proc/self/clear_refs")
 _RESET_HIGH_WATER_MARK = "5"  # proc(5): sets VmHWM to the present resident size
@@ -205,6 +212,29 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+@contextlib.contextmanager
+def memory_and_kernels(ours: bool) -> Iterator[None]:
+    """Keep freed memory and use native kernels while the body runs, or do neither."""
+    if ours:
+        keep_freed_memory()
+    else:
+        stop_keeping_memory()
+    with contextlib.nullcontext() if ours else native.disabled():
+        yield
+
+
+def restart_with_glibc_tunables() -> None:
+    """Start this program anew with `GLIBC_TUNABLES`, which glibc reads when a process starts, unless it has them."""
+    if os.environ.get("GLIBC_TUNABLES") != GLIBC_TUNABLES:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": GLIBC_TUNABLES})
+
+
+def write_report(path: Path, settings: dict[str, Any], machine: dict[str, Any], results: dict[str, Any]) -> None:
+    """Write what a benchmark found to a JSON file."""
+    with atomic_write(path, "w") as file:
+        json.dump({"settings": settings, "environment": machine, "results": results}, file, indent=2, allow_nan=False)
 
 
 def markdown_table(rows: list[list[str]]) -> str:
