@@ -85,6 +85,21 @@ def hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def start_script(script, arguments, folder, variables):
+    """Start the script as a process group in a folder, with these of its variables alone."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return subprocess.Popen(
+        ["bash", str(script), *map(str, arguments)],
+        cwd=folder,
+        env=environment | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_ctrl_c,
+    )
+
+
 class Stage:
     """A folder with a stand-in for Python, photos by name, and the output of runs."""
 
@@ -98,18 +113,8 @@ class Stage:
 
     def start(self, *arguments, script=SCRIPT, **variables):
         """Start the script as a process group."""
-        environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-        environment |= {"PYTHON": str(self.folder / "python"), **variables}
-        return subprocess.Popen(
-            ["bash", str(script), *map(str, arguments)],
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=hear_ctrl_c,
-        )
+        variables = {"PYTHON": str(self.folder / "python"), **variables}
+        return start_script(script, arguments, self.folder, variables)
 
     def run(self, *arguments, **options):
         """Run the script to its end; returns status and stderr."""
@@ -324,19 +329,9 @@ class RealRun:
 
     def start(self, outdir):
         """Start the script."""
-        environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-        environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "STEPS": "12", "STEPS_PTI": "2"}
+        variables = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "STEPS": "12", "STEPS_PTI": "2"}
         options = ["--network", self.network, "--outdir", outdir, "--w-frames", "2", "my photos"]
-        return subprocess.Popen(
-            ["bash", str(SCRIPT), *options, "--", "--video-interval", "4"],
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=hear_ctrl_c,
-        )
+        return start_script(SCRIPT, [*options, "--", "--video-interval", "4"], self.folder, variables)
 
 
 @pytest.mark.slow

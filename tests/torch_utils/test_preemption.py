@@ -28,6 +28,7 @@ with SignalWatch() as watch:
         if watch.any_rank_requested():
             break
     print(step, watch.requested, watch.reason)
+dist.destroy_process_group()  # or threads of the group may still run when Python ends, which aborts it
 """
 
 

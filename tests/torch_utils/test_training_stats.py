@@ -38,6 +38,7 @@ one = again.reduce()
 collector.add("later", float(rank))
 collector.reduce()
 print({name: (s.num, s.mean, s.nonfinite) for name, s in stats.items()}, one["both"].num)
+dist.destroy_process_group()  # or threads of the group may still run when Python ends, which aborts it
 """
 
 
