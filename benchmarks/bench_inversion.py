@@ -42,11 +42,11 @@ from inference.inversion import InversionSettings, PivotalTuning, Projection, Pr
 from inference.inversion_generator import with_ray_start
 from inference.inversion_stepper import Stepper
 from inference.loading import load_generator
-from inference.perceptual import PerceptualDistance, load_perceptual_distance
 from inference.photos import Photo
 from inference.sampling import make_head, orbit_labels
 from torch_utils.distributed import resolve_device
 from torch_utils.rng import derive_seed
+from training.perceptual import PerceptualDistance, load_perceptual_distance
 from training.presets import GENERATOR_PRESETS
 from training.triplane import TriPlaneGenerator
 

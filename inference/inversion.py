@@ -34,8 +34,8 @@ from training.config import require
 from training.triplane import TriPlaneGenerator
 
 if TYPE_CHECKING:
-    from inference.perceptual import PerceptualDistance
     from inference.photos import Photo
+    from training.perceptual import PerceptualDistance
 
 __all__ = [
     "CameraSettings",

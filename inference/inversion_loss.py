@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from training.config import require
 
 if TYPE_CHECKING:
-    from inference.perceptual import PerceptualDistance
     from inference.photos import Photo
+    from training.perceptual import PerceptualDistance
 
 
 class ImageLoss:

@@ -14,10 +14,10 @@ from PIL import Image
 
 import camera_utils
 from dnnlib.atomic import atomic_write
-from inference.image_metrics import l2, psnr, ssim
 from inference.output import open_video
-from inference.perceptual import PerceptualDistance
 from inference.sampling import Head, Noise, camera_pivot, camera_radius, shows_all_sides, to_uint8
+from training.image_metrics import l2, psnr, ssim
+from training.perceptual import PerceptualDistance
 from training.triplane import TriPlaneGenerator
 
 TARGET, PROJECTED, TUNED_IMAGE, STRIP = "target.png", "proj_w.png", "proj.png", "strip.png"

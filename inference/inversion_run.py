@@ -21,13 +21,13 @@ from inference.inversion_request import InversionRequest, PhotoJob
 from inference.inversion_stepper import place_photo
 from inference.inversion_work import Work
 from inference.loading import load_generator
-from inference.perceptual import PerceptualDistance, load_perceptual_distance
 from inference.photos import read_photo
 from inference.video_request import load_latent
 from torch_utils import distributed
 from torch_utils.pictures import save_png, tile
 from training.config import require
 from training.network_difference import write_difference
+from training.perceptual import PerceptualDistance, load_perceptual_distance
 from training.snapshots import save_networks
 from training.triplane import TriPlaneGenerator
 

@@ -21,8 +21,8 @@ from training.config import require
 from training.triplane import TriPlaneGenerator
 
 if TYPE_CHECKING:
-    from inference.perceptual import PerceptualDistance
     from inference.photos import Photo
+    from training.perceptual import PerceptualDistance
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam
 _RENDER = 1  # stream of random numbers, among those of the stages

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from benchmarks import bench_inversion
 from benchmarks.inversion_clock import SECTIONS
-from inference.perceptual import load_perceptual_distance
 from tests.helpers.threads import one_thread  # noqa: F401 (a fixture for every test)
 from tests.helpers.tiny import tiny_network
 from training.config import SuperresolutionConfig
+from training.perceptual import load_perceptual_distance
 
 
 @pytest.fixture(autouse=True)

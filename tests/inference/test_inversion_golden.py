@@ -6,8 +6,8 @@ import torch
 from dnnlib.sources import DEMO_NAME, DEMO_PATH
 from inference import Head, load_generator
 from inference.inversion import InversionSettings, PivotalTuning, Projection, ProjectionSettings, TuningSettings
-from inference.perceptual import load_perceptual_distance
 from tests.helpers.inversion import photo_of, view_label, view_psnrs
+from training.perceptual import load_perceptual_distance
 from training.triplane import TriPlaneGenerator
 
 YAWS_DEG = (20.0, 80.0, -40.0, -160.0)  # the photo; 60 degrees to either side of it; from behind

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch.nn import functional
 
-from inference.perceptual import PyramidDistance, VggDistance, limit_size, load_perceptual_distance
+from training.perceptual import PyramidDistance, VggDistance, limit_size, load_perceptual_distance
 
 
 def picture(seed: int, size: int = 64, blur: int = 9) -> torch.Tensor:
@@ -320,7 +320,7 @@ class PairOut(torch.nn.Module):
 
 def save_script(module: torch.nn.Module, path: Path) -> Path:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # as in inference/perceptual.py
+        warnings.simplefilter("ignore", DeprecationWarning)  # as in training/perceptual.py
         torch.jit.script(module).save(str(path))
     return path
 

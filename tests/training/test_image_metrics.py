@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from inference.image_metrics import l2, psnr, ssim, structure_error
+from training.image_metrics import l2, psnr, ssim, structure_error
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 52)) -> torch.Tensor:

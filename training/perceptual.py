@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 
 from dnnlib.util import open_url
-from inference.image_metrics import structure_error
 from training.config import require
+from training.image_metrics import structure_error
 
 _WORKING_SIZE = 256
 _MIN_SIZE = 16
