@@ -6,7 +6,7 @@ import functools
 import os
 import urllib.parse
 import warnings
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 from torch.nn import functional
@@ -82,14 +82,14 @@ class VggDistance:
         self._source = os.fspath(source)
         require(bool(self._source.strip()), "vgg", "the path or URL of a TorchScript file", "nothing")
         self.name = f"vgg16 ({_file_name(self._source)})"
-        self._model = _load_script(self._source, device)
+        self._model = load_script(open_url(self._source, return_filename=True), self._source, device)
         try:
             with torch.no_grad():
                 self._run(torch.zeros(2, 3, 64, 64, device=device))
         except RuntimeError as error:
             raise ValueError(
                 f"{self._source}: expected a network that takes (x, resize_images, return_lpips), got an error: "
-                f"{_last_line(error)}"
+                f"{last_line(error)}"
             ) from error
 
     def features(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -342,15 +342,25 @@ def _luma_chroma_matrix(dtype: torch.dtype, device: torch.device) -> torch.Tenso
     return torch.stack(rows).to(device, dtype)
 
 
-def _load_script(source: str, device: torch.device | str) -> torch.jit.ScriptModule:
-    path = open_url(source, return_filename=True)
+def load_script(file: str | BinaryIO, source: str, device: torch.device | str) -> torch.jit.ScriptModule:
+    """Load a TorchScript program for use without gradients of its weights.
+
+    Args:
+        file: path, or an open file.
+        source: what messages call it.
+        device: where to put it.
+
+    Raises:
+        ValueError: it is something else.
+        OSError: it cannot be read.
+    """
     try:
         with warnings.catch_warnings():
             # PyTorch >= 2.9 deprecates the format; the published network is in it.
             warnings.simplefilter("ignore", DeprecationWarning)
-            model = torch.jit.load(path, map_location=device)
+            model = torch.jit.load(file, map_location=device)
     except RuntimeError as error:
-        reason = _last_line(error).partition(". ")[0]  # what comes then is about bugs in PyTorch
+        reason = last_line(error).partition(". ")[0]  # what comes then is about bugs in PyTorch
         raise ValueError(f"{source}: expected a TorchScript file, got another one: {reason}") from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -364,7 +374,7 @@ def _file_name(source: str) -> str:
     return os.path.basename(source)
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """Return the line of a long message of TorchScript that names the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
