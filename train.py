@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import platform
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +10,8 @@ from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
 
-from dataset_tools.synth import IMAGES, MASKS, SynthRequest, synthesise
+from dataset_tools.synthetic_data import SyntheticData, names_synthetic_data
 from dnnlib import cli, serialize
 from dnnlib.extras import has_extra
 from legacy import load_snapshot
@@ -33,7 +29,6 @@ from training.train_presets import TRAIN_PRESETS, make_train_config, train_prese
 from training.training_loop import TrainRequest, train
 from training.training_state import is_state
 
-_SYNTHETIC_SIZE = 2000, 4  # identities, views of each
 _SYNTHETIC_RESOLUTION = 128
 
 
@@ -106,8 +101,7 @@ def _data_config(options: Mapping[str, Any]) -> DataConfig:
     images, masks, parsing = (options[name] for name in ("image_roots", "mask_roots", "parsing_roots"))
     synthetic = _synthetic_data(options)
     if synthetic is not None:
-        folder, request = synthetic
-        return DataConfig(images=(str(folder / IMAGES),), masks=(str(folder / MASKS),), resolution=request.resolution)
+        return synthetic.config
     require(options["resolution"] is None, "--resolution", "none without --data synth", options["resolution"])
     return DataConfig(
         images=images,
@@ -118,19 +112,13 @@ def _data_config(options: Mapping[str, Any]) -> DataConfig:
     )
 
 
-def _synthetic_data(options: Mapping[str, Any]) -> tuple[Path, SynthRequest] | None:
-    """Return the folder and the contents of a synthetic data set, if the command asks for one."""
-    images = options["image_roots"]
-    if not any(root.split(":")[0] == "synth" for root in images):
+def _synthetic_data(options: Mapping[str, Any]) -> SyntheticData | None:
+    """Return the synthetic data set, if the command asks for one."""
+    if not names_synthetic_data(options["image_roots"]):
         return None
-    others = [*images[1:], *options["mask_roots"], *options["parsing_roots"]]
-    require(not others, "--data synth", "no other data, it brings its masks", others)
-    match = re.fullmatch(r"synth(?::([1-9]\d{0,6})x([1-9]\d{0,3}))?", images[0])
-    require(match is not None, "--data", "synth or synth:IDENTITIESxVIEWS, such as synth:2000x4", images[0])
-    identities, views = (int(match[1]), int(match[2])) if match[1] else _SYNTHETIC_SIZE
     resolution = options["resolution"] or train_preset(options["cfg"]).resolution or _SYNTHETIC_RESOLUTION
-    request = SynthRequest(num_identities=identities, views_per_identity=views, resolution=resolution)
-    return options["outdir"] / f"synthetic-heads-{resolution}px-{identities}x{views}", request
+    others = [*options["mask_roots"], *options["parsing_roots"]]
+    return SyntheticData.parse(options["image_roots"], others, options["outdir"], resolution)
 
 
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,8 +164,8 @@ def _train(config: TrainConfig, name: str, options: Mapping[str, Any]) -> None:
         start = _load_start(config)
         config = keep_habits(config, start)
         synthetic = _synthetic_data(options)
-        if synthetic is not None and distributed.is_main():
-            _make_data(*synthetic)
+        if synthetic is not None:
+            synthetic.make()
         dataset = HeadDataset(config.data, seed=config.loop.seed)
         run = distributed.broadcast_object(_choose_run(config, name, options) if distributed.is_main() else None)
         with RunLog(
@@ -214,19 +202,6 @@ def _load_start(config: TrainConfig) -> dict[str, torch.nn.Module]:
 def _choose_run(config: TrainConfig, name: str, options: Mapping[str, Any]) -> Run:
     resume = "never" if _names_network(options["resume"]) else options["resume"]
     return choose_run(options["outdir"], name, config, resume, click.echo)
-
-
-def _make_data(folder: Path, request: SynthRequest) -> None:
-    """Make the synthetic data set, unless it is there."""
-    with contextlib.ExitStack() as stack:
-        bars: list[tqdm] = []  # none is shown where there is nothing to do
-
-        def show(done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(tqdm(total=total, initial=done, desc="synthetic heads", unit="img")))
-            bars[0].update(done - bars[0].n)
-
-        synthesise(folder, request, show, workers=os.cpu_count() or 1)
 
 
 if __name__ == "__main__":
