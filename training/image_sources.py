@@ -50,6 +50,9 @@ class Source(Protocol):
             OSError: the file system fails.
         """
 
+    def stamp(self, name: str) -> str:
+        """Return what tells whether a file has changed, without reading it."""
+
 
 def open_source(path: str | os.PathLike, kind: str = "images") -> FolderSource | ZipSource:
     """Open a folder (with all folders below) or a zip file.
@@ -147,6 +150,11 @@ class FolderSource:
         except FileNotFoundError:
             raise KeyError(name) from None
 
+    def stamp(self, name: str) -> str:
+        """Return what tells whether a file has changed: its size, and the time of its last change."""
+        status = os.stat(os.path.join(self.path, name))
+        return f"{status.st_size} bytes of {status.st_mtime_ns} ns"
+
     def __contains__(self, name: str) -> bool:
         return os.path.isfile(os.path.join(self.path, name))
 
@@ -230,6 +238,11 @@ class ZipSource:
         if len(data) != count:
             raise BadImage("damaged: the zip file ends within this member")
         return data
+
+    def stamp(self, name: str) -> str:
+        """Return what tells whether a member has changed: its size and its checksum."""
+        _, _, size, checksum, _ = self._members[name]
+        return f"{size} bytes of CRC {checksum:08x}"
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
