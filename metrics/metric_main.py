@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Imported for the metrics that they register, in the order in which people see them.
-from metrics import frechet_distance as _frechet_distance  # noqa: F401
-from metrics import kernel_inception_distance as _kernel_inception_distance  # noqa: F401
-from metrics import precision_recall as _precision_recall  # noqa: F401
-from metrics import inception_score as _inception_score  # noqa: F401, I001
-from metrics import perceptual_path_length as _perceptual_path_length  # noqa: F401
-from metrics import view_accuracy as _view_accuracy  # noqa: F401
-from metrics import back_face_rate as _back_face_rate  # noqa: F401
-from metrics import multi_view_consistency as _multi_view_consistency  # noqa: F401
-from metrics import background_swap as _background_swap  # noqa: F401
+# Imported for the metrics that they register.
+from metrics import (  # noqa: F401
+    back_face_rate,
+    background_swap,
+    frechet_distance,
+    inception_score,
+    kernel_inception_distance,
+    multi_view_consistency,
+    perceptual_path_length,
+    precision_recall,
+    view_accuracy,
+)
 from metrics.evaluation import Evaluation
 from metrics.registry import Metric, MetricValues, NotApplicable, metric_list, parse_metric
 from metrics.stats_pipeline import collect_stats
