@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,42 @@ from metrics.evaluation import Evaluation
 from metrics.registry import Metric, MetricValues, NotApplicable, metric_list, parse_metric
 from metrics.stats_pipeline import collect_stats
 
-__all__ = ["MetricResult", "compute_metrics", "metric_list", "parse_metric"]
+__all__ = ["PRESETS", "MetricResult", "compute_metrics", "metric_list", "parse_metric", "parse_metrics"]
+
+
+PRESETS = {
+    "none": (),
+    # Minutes on a CPU, and nothing to download.
+    "quick": (
+        "fd500_full",
+        "fd_random500_full",
+        "fd_yaw500_full",
+        "view_accuracy500",
+        "back_face_rate500",
+        "mv_consistency50",
+    ),
+    "full": (
+        "fid50k_full",
+        "kid50k_full",
+        "pr50k3_full",
+        "fid_random50k_full",
+        "fid_yaw50k_full",
+        "view_accuracy10k",
+        "back_face_rate10k",
+        "mv_consistency1k",
+    ),
+}
+"""Lists of metrics that have a name of their own."""
+
+
+def parse_metrics(names: Iterable[str]) -> tuple[Metric, ...]:
+    """Return the metrics of a list of names and names of `PRESETS`, each once.
+
+    Raises:
+        ValueError: there is none of a name.
+    """
+    expanded = itertools.chain.from_iterable(PRESETS.get(name.strip().lower(), (name,)) for name in names)
+    return tuple({metric.name: metric for metric in map(parse_metric, expanded)}.values())
 
 
 @dataclass(frozen=True, kw_only=True)

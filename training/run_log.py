@@ -121,12 +121,22 @@ class RunLog:
         if not self.is_main:
             return
         self.line(progress_line(scalars))
-        rows = {**stats, **{name: Stat.of(value) for name, value in scalars.items()}}
-        row = {name: _stat_json(stat) for name, stat in sorted(rows.items())}
+        self._row({**stats, **{name: Stat.of(value) for name, value in scalars.items()}}, cur_nimg)
+
+    def metrics(self, values: Mapping[str, float], cur_nimg: int) -> None:
+        """Write metrics of a snapshot: a line, and a row of stats.jsonl in which their names begin with Metrics/."""
+        if not self.is_main or not values:
+            return
+        self.line("metrics: " + "    ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self._row({f"Metrics/{name}": Stat.of(value) for name, value in values.items()}, cur_nimg)
+
+    def _row(self, stats: Mapping[str, Stat], cur_nimg: int) -> None:
+        """Write statistics to stats.jsonl and to the services."""
+        row = {name: _stat_json(stat) for name, stat in sorted(stats.items())}
         timestamp = time.time()
         text = json.dumps({"cur_nimg": int(cur_nimg), "timestamp": timestamp, **row}, allow_nan=False)
         self._append(STATS_NAME, text + "\n")
-        means = {name: stat.mean for name, stat in rows.items() if stat.num}
+        means = {name: stat.mean for name, stat in stats.items() if stat.num}
         with self._dropping("TensorBoard"):
             if self._tensorboard is not None:
                 for name, mean in means.items():

@@ -24,6 +24,7 @@ _FREE_FIELDS = (
     "loop.image_ticks",
     "loop.state_ticks",
     "loop.keep_states",
+    "loop.metrics",
     "loop.workers",
     "loop.batch_gpu",
     "loop.max_skipped_steps",

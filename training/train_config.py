@@ -6,6 +6,7 @@ that change during a run are functions of these fields and of `cur_nimg`, see `t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -159,6 +160,45 @@ class VicoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmupConfig:
+    """Reconstruction before adversarial training (ours), see `training.reconstruction`."""
+
+    kimg: float = 0.0
+    """Thousand images of it, rounded up to whole batches; 0 leaves it out."""
+    other_view_share: float = 0.5
+    """Share of targets that are another view of the identity, where the data set names identities; the others are the
+    view that was encoded."""
+    raw_weight: float = 1.0
+    """Weight of the squared error of the raw image; that of the image has the weight 1."""
+    mask_weight: float = 1.0
+    """Weight of the squared error of the mask, where the data set has masks."""
+    parsing_weight: float = 1.0
+    """Weight of the squared error of the parsing map, where there is one."""
+    perceptual_weight: float = 1.0
+    """Weight of the pyramid distance."""
+    kl_weight: float = 2e-4
+    """Weight of the divergence of the encoder's latents from normal ones, in nats of a whole latent."""
+    generator_lr: float = 0.0025
+    encoder_lr: float = 5e-4
+    betas: tuple[float, float] = (0.5, 0.99)
+    """Of Adam for both."""
+    after_interval: int | None = None
+    """After the warm-up, take a step of reconstruction in every iteration that is a multiple of it; None takes none."""
+
+    def __post_init__(self) -> None:
+        weights = ("raw_weight", "mask_weight", "parsing_weight", "perceptual_weight", "kl_weight")
+        _require_not_negative(self, "warmup", "kimg", *weights)
+        _require_share("warmup.other_view_share", self.other_view_share)
+        for name in ("generator_lr", "encoder_lr"):
+            require(getattr(self, name) > 0, f"warmup.{name}", "above 0", getattr(self, name))
+        for beta in self.betas:
+            require(0 <= beta < 1, "warmup.betas", "0 to below 1", beta)
+        interval = self.after_interval
+        require(interval is None or interval >= 1, "warmup.after_interval", "at least 1", interval)
+        require(interval is None or self.kimg > 0, "warmup.kimg", "above 0 with warmup.after_interval", self.kimg)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """Augmentation of what the discriminator sees (Karras et al. 2020, ADA)."""
 
@@ -229,6 +269,8 @@ class LoopConfig:
     """Ticks between training states; None only writes the last, and on a signal."""
     keep_states: int = 2
     """How many training states are kept."""
+    metrics: tuple[str, ...] = ()
+    """Metrics of the moving average that are computed after every snapshot, see `metrics.metric_main`."""
     ema_kimg: float = 10.0
     """Half-life of the moving average of the generator's weights."""
     ema_rampup: float | None = 0.05
@@ -262,6 +304,7 @@ class TrainConfig:
     discriminator: DiscriminatorConfig
     loss: LossConfig
     vico: VicoConfig = VicoConfig()
+    warmup: WarmupConfig = WarmupConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: PrecisionConfig = PrecisionConfig()
@@ -283,3 +326,17 @@ class TrainConfig:
         told = self.discriminator.c_dim > 0
         require(self.vico.mode == "none" or told, "vico.mode", "'none' if D is not told cameras", self.vico.mode)
         require(self.data.conditional, "data.conditional", "true: cameras are needed to render from", False)
+
+    @property
+    def warmup_end_nimg(self) -> int:
+        """`cur_nimg` where adversarial training begins; where the run starts, if there is no warm-up."""
+        batch_size = self.loop.batch_size
+        return self.loop.start_nimg + math.ceil(self.warmup.kimg * 1000 / batch_size) * batch_size
+
+    def schedule_nimg(self, cur_nimg: int) -> int:
+        """Return the argument of schedules after `cur_nimg` images: they stand still during the warm-up."""
+        return self.loop.start_nimg + max(cur_nimg - self.warmup_end_nimg, 0)
+
+    def has_encoder(self, cur_nimg: int) -> bool:
+        """Return whether the encoder of the warm-up is needed, or needed later, after `cur_nimg` images."""
+        return cur_nimg < self.warmup_end_nimg or self.warmup.after_interval is not None

@@ -167,6 +167,17 @@ SETTINGS = (
     Setting("--vico-min-angle", "vico.min_angle_deg", cli.POSITIVE_FLOAT, "Least angle to a wrong camera, degrees."),
     Setting("--vico-hard-share", "vico.hard_share", SHARE, "Share of wrong cameras opposite in yaw."),
     Setting("--vico-generator-weight", "vico.generator_weight", NOT_NEGATIVE, "Weight in the generator (head)."),
+    # reconstruction before adversarial training
+    Setting("--warmup-kimg", "warmup.kimg", NOT_NEGATIVE, "Thousand images to reconstruct first; 0 does not."),
+    Setting("--warmup-other-views", "warmup.other_view_share", SHARE, "Share of targets that show the head otherwise."),
+    Setting("--warmup-kl", "warmup.kl_weight", NOT_NEGATIVE, "Weight of the divergence of its latents."),
+    Setting("--warmup-glr", "warmup.generator_lr", cli.POSITIVE_FLOAT, "Learning rate of the generator in it."),
+    Setting(
+        "--warmup-after-interval",
+        "warmup.after_interval",
+        cli.POSITIVE_INT,
+        "Go on with it after the warm-up, every so many iterations; by default it ends.",
+    ),
     # augmentation
     Setting("--aug", "augment.mode", click.Choice(["noaug", "ada", "fixed"]), "Augmentation."),
     Setting("--p", "augment.p", SHARE, "Strength of --aug fixed."),
@@ -213,6 +224,13 @@ SETTINGS = (
     Setting("--image-ticks", "loop.image_ticks", cli.POSITIVE_INT, "Ticks between pictures."),
     Setting("--state-ticks", "loop.state_ticks", cli.POSITIVE_INT, "Ticks between training states."),
     Setting("--keep-states", "loop.keep_states", cli.POSITIVE_INT, "Training states that are kept."),
+    Setting(
+        "--metrics",
+        "loop.metrics",
+        str,
+        "Metrics after every snapshot: names joined by commas, quick, full or none; calc_metrics.py --list shows them.",
+        lambda names: tuple(name.strip() for name in names.split(",")),
+    ),
     Setting("--max-skipped", "loop.max_skipped_steps", cli.POSITIVE_INT, "Skipped steps in a row that end training."),
 )
 

@@ -1,5 +1,7 @@
 """The training loop: train() -> Trainer.step() -> Trainer.run_phase(), and what happens between ticks.
 
+A run may begin with a warm-up of reconstruction; then schedules and lazy regularisation count from its end.
+
 Nothing depends on when, or by how many processes, something is computed: the images of a batch, latents, labels and
 all noise are functions of (seed, cur_nimg, phase, chunk), so that a run that is resumed from a training state goes on
 bit for bit where it stopped.
@@ -9,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,14 +32,17 @@ from training.data_loader import BatchLoader
 from training.dataset import HeadDataset
 from training.image_grids import make_grid, save_fakes, save_reals
 from training.network_setup import build_networks, set_backends
-from training.phases import Chunk, Phase, PhaseRunner, make_phases, optimizer_settings, update_w_avg
+from training.phases import WARMUP, Chunk, Phase, PhaseResult, PhaseRunner, due_phases, optimizer_settings, update_w_avg
+from training.reconstruction import Reconstruction, Views
 from training.run_log import RunLog
 from training.schedules import ScheduleValues, schedule_values
 from training.skipped_steps import PhaseRecord, SkippedSteps, describe_skip, diagnose
 from training.snapshots import save_networks
 from training.tick_clock import TickClock
 from training.train_config import TrainConfig
+from training.triplane import TriPlaneGenerator
 from training.vico import LabelPool, draw_mismatched
+from training.view_pairs import ViewPairs
 from training.volumetric_rendering.renderer import RendererChoice
 
 _INIT_STREAM, _STEP_STREAM = 0, 1  # of the seed: initial weights; training steps
@@ -59,6 +65,8 @@ class TrainRequest:
     """Training state to go on from; None starts."""
     start: Mapping[str, nn.Module | None] = dataclasses.field(default_factory=dict)
     """Networks to start from (fine-tuning)."""
+    evaluate: Callable[[TriPlaneGenerator], Mapping[str, float]] | None = None
+    """Computes metrics of the moving average after every snapshot, on all ranks together; numbers by name."""
 
 
 @dataclasses.dataclass
@@ -66,7 +74,7 @@ class Progress:
     """Where a run is; all of it follows from the configuration and the images seen."""
 
     cur_nimg: int
-    """Images of the data set that were shown, and the argument of all schedules."""
+    """Images of the data set that were shown, those of the warm-up among them."""
     tick_start_nimg: int
     cur_tick: int = 0
     skipped_steps: int = 0
@@ -93,6 +101,7 @@ class Trainer:
 
     def __init__(self, request: TrainRequest, log: RunLog) -> None:
         self.config, self.run_dir, self.device, self.log = request.config, request.run_dir, request.device, log
+        self.evaluate = request.evaluate
         config, loop = self.config, self.config.loop
         set_backends(config.precision)
         if self.device.type == "cpu":
@@ -120,12 +129,12 @@ class Trainer:
         if config.augment.mode == "ada":
             self.ada = AdaptiveStrength(config.augment, loop.batch_size).to(self.device)
 
-        self.phases = make_phases(config)
         self.runner = PhaseRunner(self.G, self.D, config, self.augment)
         self.optimizers = {
             name: torch.optim.Adam(network.parameters(), fused=True, **optimizer_settings(config, name))
             for name, network in (("G", self.G), ("D", self.D))
         }
+        self.reconstruction = self._make_reconstruction(request.state)
         self.label_pool = LabelPool(self.labels, self.device)
         self.stats = Collector(self.device)
         self.progress = Progress(cur_nimg=loop.start_nimg, tick_start_nimg=loop.start_nimg)
@@ -134,6 +143,20 @@ class Trainer:
             self._load_state(request.state)
         self.skipped = SkippedSteps(self.device, loop.max_skipped_steps, self.progress.skipped_steps)
         self.grid = make_grid(self.dataset.resolution, self.device, self.dataset.labels)
+
+    def _make_reconstruction(self, state: Path | None) -> Reconstruction | None:
+        """Return what the warm-up trains, if it is not over."""
+        config = self.config
+        nimg = config.loop.start_nimg if state is None else training_state.state_nimg(state)
+        if not config.has_encoder(nimg):
+            return None
+        self.view_pairs = ViewPairs(self.dataset, config.warmup.other_view_share, config.loop.seed)
+        end = f"to {config.warmup_end_nimg / 1000:g} kimg"
+        self.log.line(f"warm-up {end}: {self.view_pairs.describe()}")
+        rng.seed_all(config.loop.seed, _INIT_STREAM, 1)
+        reconstruction = Reconstruction(self.G, config, self.dataset.has_masks)
+        distributed.broadcast_module(reconstruction.encoder)
+        return reconstruction
 
     def _report_dataset(self) -> None:
         data = self.dataset
@@ -149,18 +172,18 @@ class Trainer:
     def step(self, batch: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Train on one global batch, of which this process has `batch`: a dict of tensors for each of its chunks."""
         config, nimg = self.config, self.progress.cur_nimg
-        values = schedule_values(config.loss, nimg)
-        iteration = (nimg - config.loop.start_nimg) // config.loop.batch_size
-        for number, phase in enumerate(self.phases):
-            if iteration % phase.interval == 0:
-                self.run_phase(number, phase, batch, values)
+        values = schedule_values(config.loss, config.schedule_nimg(nimg))
+        for number, phase in due_phases(config, nimg):
+            self.run_phase(number, phase, batch, values)
         loop = config.loop
         update_ema(self.G_ema, self.G, ema_beta(loop.batch_size, nimg, loop.ema_kimg, loop.ema_rampup))
         for network in (self.G, self.G_ema):
             network.neural_rendering_resolution = values.neural_rendering_resolution
-        if self.ada is not None:
-            self.ada.after_iteration(iteration, self.augment)
+        if self.ada is not None and nimg >= config.warmup_end_nimg:
+            self.ada.after_iteration((nimg - config.warmup_end_nimg) // loop.batch_size, self.augment)
         self.progress.cur_nimg += loop.batch_size
+        if not config.has_encoder(self.progress.cur_nimg):
+            self.reconstruction = None
 
     def run_phase(
         self, number: int, phase: Phase, batch: Sequence[Mapping[str, torch.Tensor]], values: ScheduleValues
@@ -168,11 +191,14 @@ class Trainer:
         """Accumulate the gradients of one phase over the chunks, average them over processes, and step."""
         nimg = self.progress.cur_nimg
         network, optimizer = getattr(self, phase.network), self.optimizers[phase.network]
+        parameters = dict(network.named_parameters())
+        if phase.name == WARMUP:
+            parameters, optimizer = self.reconstruction.named_parameters(), self.reconstruction.optimizer
         optimizer.zero_grad(set_to_none=True)
         w_means = []
         for chunk_number, data in zip(self.plan.chunks, batch, strict=True):
             rng.seed_all(self.config.loop.seed, _STEP_STREAM, nimg, number, chunk_number)
-            result = self.runner.run(phase, self._chunk(phase, data), values, weight=1 / len(batch))
+            result = self._run_chunk(phase, data, values, 1 / len(batch))
             for name, value in result.stats.items():
                 self.stats.add(name, value)
             for name, (value, mask) in result.weighted_stats.items():
@@ -182,12 +208,30 @@ class Trainer:
             if self.ada is not None and phase.name in _D_MAIN:
                 self.ada.add(result.real_signs)
         network.requires_grad_(False)
-        finite = gradients.average_gradients(dict(network.named_parameters()))
+        finite = gradients.average_gradients(parameters)
         gradients.step_if_finite(optimizer, finite)
         if w_means:
             update_w_avg(self.G, distributed.all_reduce_mean(torch.stack(w_means).mean(dim=0)))
         indices = tuple(int(index) for data in batch for index in data["index"])
         self._report_skips(self.skipped.add(PhaseRecord(phase.name, phase.network, nimg, indices), finite))
+
+    def _run_chunk(
+        self, phase: Phase, data: Mapping[str, torch.Tensor], values: ScheduleValues, weight: float
+    ) -> PhaseResult:
+        """Add the gradients of a phase on a chunk, after the seed has been set."""
+        if phase.name != WARMUP:
+            return self.runner.run(phase, self._chunk(phase, data), values, weight)
+        source, target = (
+            Views({name: data[prefix + name] for name in _REAL_INPUTS if name in data}, data[prefix + "label"])
+            for prefix in ("", "target_")
+        )
+        return self.reconstruction.run(source, target, values, self.plan.num_groups, weight)
+
+    def _partners(self, nimg: int, indices: np.ndarray) -> np.ndarray | None:
+        """Return other views of the items of a batch, where reconstruction is due."""
+        if all(phase.name != WARMUP for _, phase in due_phases(self.config, nimg)):
+            return None
+        return self.view_pairs.partners(nimg, indices)
 
     def _chunk(self, phase: Phase, data: Mapping[str, torch.Tensor]) -> Chunk:
         """Draw latents and cameras for a chunk of images, after the seed has been set."""
@@ -224,7 +268,9 @@ class Trainer:
             return True
         if progress.cur_tick == 0:
             self._save_reals()
-        loader = BatchLoader(self.dataset, self.plan, loop.seed, progress.cur_nimg, loop.workers, self.device)
+        loader = BatchLoader(
+            *(self.dataset, self.plan, loop.seed, progress.cur_nimg, loop.workers, self.device), partners=self._partners
+        )
         with contextlib.closing(loader):
             self.clock = TickClock(progress.cur_nimg, end_nimg, self.device, self.elapsed_s)
             for batch in loader:
@@ -259,19 +305,24 @@ class Trainer:
 
         if due(loop.image_ticks):
             self._save_images()
-        if due(loop.snapshot_ticks) or done:
+        snapshot = due(loop.snapshot_ticks) or done
+        if snapshot:
             self._save_snapshot()
-        save_state = due(loop.state_ticks) or done
+        evaluate = snapshot and self.evaluate is not None
+        # Metrics take their time: a run that is killed meanwhile is not to lose more than them.
+        save_state = due(loop.state_ticks) or done or evaluate
         progress.cur_tick += 1
         progress.tick_start_nimg = progress.cur_nimg
         if save_state:
             self._save_state()
+        if evaluate:
+            self.log.metrics(self.evaluate(self.G_ema), progress.cur_nimg)
         self.clock.end_maintenance()
 
     def _scalars(self, loader: BatchLoader) -> dict[str, float]:
         """Return the numbers of a tick that are not means over samples."""
         progress = self.progress
-        schedule = dataclasses.asdict(schedule_values(self.config.loss, progress.cur_nimg))
+        schedule = dataclasses.asdict(schedule_values(self.config.loss, self.config.schedule_nimg(progress.cur_nimg)))
         return {
             "Progress/tick": progress.cur_tick,
             "Progress/kimg": progress.cur_nimg / 1000,
@@ -311,12 +362,15 @@ class Trainer:
         objects = {"G": self.G, "D": self.D, "G_ema": self.G_ema, "stats": self.stats, "progress": progress}
         objects |= {f"optimizer_{name}": optimizer for name, optimizer in self.optimizers.items()}
         optional = {"augment": self.augment, "ada": self.ada}
+        if self.reconstruction is not None:
+            optional |= {"E": self.reconstruction.encoder, "optimizer_warmup": self.reconstruction.optimizer}
         return objects | {name: thing for name, thing in optional.items() if thing is not None}
 
     def _save_state(self) -> None:
         """Write the training state, after a look that all processes hold the same networks."""
         self._report_skips(self.skipped.flush())
-        for network in (self.G, self.D, self.G_ema):
+        encoder = [] if self.reconstruction is None else [self.reconstruction.encoder]
+        for network in (self.G, self.D, self.G_ema, *encoder):
             distributed.check_same_across_ranks(network)
         self.stats.gather_to_main()
         if self.ada is not None:
