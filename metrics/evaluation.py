@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -213,6 +213,10 @@ class Evaluation:
         if name not in self._detectors:
             self._detectors[name] = load_detector(name, self.detector_context)
         return self._detectors[name]
+
+    def use_detectors(self, detectors: Mapping[str, Detector]) -> None:
+        """Take detectors that are there already, by the names that metrics ask for."""
+        self._detectors |= detectors
 
     @property
     def detector_context(self) -> DetectorContext:

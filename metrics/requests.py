@@ -33,7 +33,7 @@ class YawRange:
     def contains(self, yaw_deg: np.ndarray) -> np.ndarray:
         """Return which yaws lie in the range: bool, of the same shape."""
         yaw_deg = np.abs(yaw_deg) if self.absolute else yaw_deg
-        return (yaw_deg >= self.low_deg) & ((yaw_deg < self.high_deg) | (yaw_deg == self.high_deg == 180))
+        return (yaw_deg >= self.low_deg) & (yaw_deg < (np.inf if self.high_deg == 180 else self.high_deg))
 
     @property
     def middle_deg(self) -> float:
