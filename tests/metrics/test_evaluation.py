@@ -7,8 +7,8 @@ import torch
 import camera_utils
 from metrics.evaluation import EvaluationSettings, frontal_label
 from metrics.requests import BACK, FRONT, ImageSet, YawRange, yaw_bins
-from tests.helpers.evaluations import tiny_evaluation
 from tests.helpers.stand_ins import RayTracedGenerator
+from tests.helpers.tiny_evaluations import tiny_evaluation
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from metrics.image_streams import ahead, generated_images, to_bytes
 from metrics.requests import BACK, FRONT, ImageSet, StatsRequest
 from metrics.stats_cache import data_key
 from metrics.stats_pipeline import collect_stats
-from tests.helpers.evaluations import MeanColors, tiny_evaluation
 from tests.helpers.head_data import HeadFiles, encoded, item_name, picture
 from tests.helpers.ranks import Launch
 from tests.helpers.stand_ins import NoiseGenerator, RayTracedGenerator
 from tests.helpers.tiny import tiny_network
+from tests.helpers.tiny_evaluations import MeanColors, tiny_evaluation
 from training.dataset import HeadDataset
 
 
@@ -199,7 +199,7 @@ RANKS = """
 import json, sys
 from pathlib import Path
 import torch
-from tests.helpers.evaluations import tiny_evaluation
+from tests.helpers.tiny_evaluations import tiny_evaluation
 from tests.helpers.stand_ins import NoiseGenerator
 from metrics.stats_pipeline import collect_stats
 from metrics.requests import StatsRequest
