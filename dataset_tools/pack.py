@@ -17,6 +17,7 @@ from dataset_tools.packing import PackedItem, PackItem
 from dataset_tools.writers import Journal, Writer, journal_path, open_writer, publish
 from dnnlib.workers import WorkerDied, map_ordered
 from training.dataset import match_files
+from training.head_identities import IDENTITIES_KEY, Identity, read_identities
 from training.head_labels import collect_labels, parse_labels
 from training.image_reading import ItemNames, Roots
 from training.image_sources import LABELS_NAME, open_source, printable, read_labels_file, without_extension
@@ -92,6 +93,8 @@ class _Plan(NamedTuple):
     items: list[ItemNames]
     labels: np.ndarray | None
     """float64 [N, 25]."""
+    identities: list[Identity | None] | None
+    """Of every item, None for those without one; None where the source names none."""
     skipped: list[str]
 
 
@@ -105,7 +108,8 @@ def pack(request: PackRequest, progress: Progress = lambda done, total: None) ->
     """Pack a data set.
 
     Images are converted in the order of their paths and get numbers in this order; one that is left out leaves a gap.
-    `dataset.json` holds labels, whose intrinsics follow the crop, and under `fnames` the original paths.
+    `dataset.json` holds labels, whose intrinsics follow the crop, under `fnames` the original paths, and `identities`
+    if the source has some.
 
     After an interruption, also by SIGKILL, the same call goes on: what is written lies beside the destination, under
     `.NAME.partial`, with notes in `.NAME.journal`. What was cut off in the middle is written again. The names appear
@@ -191,7 +195,9 @@ def _plan(request: PackRequest) -> _Plan:
         raise ValueError(skipped[0] + others)
     if not items:
         raise ValueError(f"source: expected images in {request.source}, came none" + "".join(skipped[:1]))
-    return _Plan(roots, items[: request.max_images], labels, skipped)
+    items = items[: request.max_images]
+    identities = read_identities(roots.images, [names.image for names in items], request.use_basename)
+    return _Plan(roots, items, labels, identities, skipped)
 
 
 def _description(request: PackRequest, plan: _Plan) -> str:
@@ -200,6 +206,8 @@ def _description(request: PackRequest, plan: _Plan) -> str:
     parts += [root.path for root in plan.roots if root is not None]
     digest = hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape"))
     digest.update(repr(plan.items).encode("utf-8", "surrogateescape"))
+    if plan.identities is not None:
+        digest.update(repr(plan.identities).encode("utf-8", "surrogateescape"))
     digest.update(b"" if plan.labels is None else plan.labels[: len(plan.items)].tobytes())
     return digest.hexdigest()
 
@@ -261,7 +269,11 @@ def _labels_file(request: PackRequest, plan: _Plan, journal: Journal) -> bytes:
     if plan.labels is not None:
         labels = [[names[number], _label(request, plan, journal, number)] for number in packed]
     fnames = [[names[number], printable(plan.items[number].image)] for number in packed]
-    return json.dumps({"labels": labels, "fnames": fnames}).encode()
+    content: dict[str, Any] = {"labels": labels, "fnames": fnames}
+    if plan.identities is not None:
+        known = [number for number in packed if plan.identities[number] is not None]
+        content[IDENTITIES_KEY] = [[names[number], plan.identities[number]] for number in known]
+    return json.dumps(content).encode()
 
 
 def _label(request: PackRequest, plan: _Plan, journal: Journal, number: int) -> list[float]:

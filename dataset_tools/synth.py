@@ -17,12 +17,13 @@ from dataset_tools.writers import Journal, Writer, journal_path, open_writer, pu
 from dnnlib.atomic import atomic_write
 from dnnlib.workers import map_ordered
 from training.config import require
+from training.head_identities import IDENTITIES_KEY, SYNTHETIC_NOTE
 from training.image_sources import LABELS_NAME
 from training.image_transforms import EXTENSIONS, Extension, encode
 from training.synthetic_heads import RENDERER_VERSION, CameraRange, render_heads, sample_cameras, sample_identity
 
 IMAGES, MASKS, PARSING = "images.zip", "masks.zip", "parsing.zip"
-DESCRIPTION = "synthetic_heads.json"
+DESCRIPTION = SYNTHETIC_NOTE
 _IMAGES_PER_TASK = 8
 _PNG_COMPRESSION = 1  # half the size of none, and nearly as quick to read
 
@@ -196,8 +197,10 @@ def _write(
                     done += 1
                 progress(done, total)
         labels = request.labels(0, total).tolist()
-        table = [[archive_name(number, request.extension), label] for number, label in enumerate(labels)]
-        writers[0].add(LABELS_NAME, json.dumps({"labels": table}).encode())
+        names = [archive_name(number, request.extension) for number in range(total)]
+        identities = [[name, number // request.views_per_identity] for number, name in enumerate(names)]
+        table = {"labels": list(zip(names, labels)), IDENTITIES_KEY: identities}
+        writers[0].add(LABELS_NAME, json.dumps(table).encode())
         for writer in writers:
             writer.seal()
         journal.seal()

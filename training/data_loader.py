@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -19,6 +19,8 @@ from training.image_sources import BadImage
 from training.infinite_sampler import InfiniteSampler
 
 Chunk = dict[str, torch.Tensor]
+Partners = Callable[[int, np.ndarray], "np.ndarray | None"]
+"""From the position of a global batch and its items int64 [N] to items that are read with them, or to None."""
 
 _MIN_PREFETCH = 2  # iterations
 _TASKS_PER_WORKER = 2  # queued or finished, so that no worker waits
@@ -31,11 +33,13 @@ class _Pending:
     """A chunk that workers are filling."""
 
     indices: np.ndarray
-    """int64 [b]: items of the data set; changed where one is replaced."""
+    """int64 [rows]: items of the data set; changed where one is replaced."""
     layers: torch.Tensor
-    """uint8 [b, C, H, W]."""
+    """uint8 [rows, C, H, W]."""
     tasks: list[tuple[slice, Future]]
     """Rows, and what tells when they are there."""
+    targets: np.ndarray | None
+    """int64 [b]: row with the partner of each image of the batch, which are the first b rows; None without partners."""
 
 
 class BatchLoader:
@@ -55,11 +59,14 @@ class BatchLoader:
         start_nimg: images that the run has seen before.
         workers: processes that read; 0 reads in this one, when a batch is asked for.
         device: where the batches go, without waiting for it.
+        partners: chooses items that are read with those of a batch, for example `ViewPairs.partners`; None reads none.
 
     Yields:
         Lists of one dict for each of `plan.chunks`, with tensors on the device (rows in the order of `plan.positions`):
         `image` float32 [b, 3, H, W] in [-1, 1]; `image_mask` float32 [b, 1, H, W] in [0, 1] and `image_parsing` float32
         [b, K, H, W], one-hot, if the data set has them; `label` float32 [b, 25]; and `index` int64 [b] on the CPU.
+        With partners, there are `target_image` and so on of these too. Where an image or its partner was replaced, the
+        image is its own partner.
 
     Raises:
         ValueError: while iterating, an image cannot be read and the data set does not skip, or 100 in a row.
@@ -73,12 +80,14 @@ class BatchLoader:
         start_nimg: int = 0,
         workers: int = 0,
         device: torch.device | str = "cpu",
+        partners: Partners | None = None,
     ) -> None:
         require(start_nimg >= 0, "start_nimg", "0 or more", start_nimg)
         require(workers >= 0, "workers", "0 or more", workers)
         self._dataset = dataset
         self._plan = plan
         self._device = torch.device(device)
+        self._partners = partners
         self._sampler = InfiniteSampler(len(dataset), seed)
         self._next_nimg = start_nimg
         self._pool = WorkerPool(dataset.reader, workers)
@@ -108,17 +117,26 @@ class BatchLoader:
 
     def _submit_batch(self) -> list[_Pending]:
         batch = self._sampler.indices(self._next_nimg, self._plan.batch_size)
+        partners = None if self._partners is None else self._partners(self._next_nimg, batch)
         self._next_nimg += self._plan.batch_size
-        return [self._submit_chunk(batch[self._plan.positions(chunk)]) for chunk in self._plan.chunks]
+        rows = [self._plan.positions(chunk) for chunk in self._plan.chunks]
+        return [self._submit_chunk(batch[part], None if partners is None else partners[part]) for part in rows]
 
-    def _submit_chunk(self, indices: np.ndarray) -> _Pending:
+    def _submit_chunk(self, indices: np.ndarray, partners: np.ndarray | None) -> _Pending:
+        targets = None
+        if partners is not None:  # an image that is its own partner is read once
+            others = np.flatnonzero(partners != indices)
+            targets = np.arange(len(indices))
+            targets[others] = len(indices) + np.arange(len(others))
+            indices = np.concatenate([indices, partners[others]])
         reader = self._dataset.reader
         shape = (len(indices), reader.num_channels, reader.resolution, reader.resolution)
         # Pinned memory comes from a cache, which hands it out again only when copies from it have ended.
         layers = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         starts = range(0, len(indices), self._rows_per_task)
         tasks = [slice(start, start + self._rows_per_task) for start in starts]
-        return _Pending(indices, layers, [(rows, self._submit(indices[rows], layers[rows])) for rows in tasks])
+        started = [(rows, self._submit(indices[rows], layers[rows])) for rows in tasks]
+        return _Pending(indices, layers, started, targets)
 
     def _submit(self, indices: np.ndarray, into: torch.Tensor) -> Future:
         """Start to read items [b] into uint8 [b, C, H, W]."""
@@ -127,6 +145,7 @@ class BatchLoader:
 
     def _finish(self, pending: _Pending) -> Chunk:
         """Wait for a chunk, and bring it to the device."""
+        asked = pending.indices.copy()
         for rows, future in pending.tasks:
             try:
                 future.result()
@@ -140,7 +159,17 @@ class BatchLoader:
         if self._device.type == "cuda":
             labels = labels.pin_memory()
         chunk = self._convert(pending.layers.to(self._device, non_blocking=True))
-        return {**chunk, "label": labels.to(self._device, non_blocking=True), "index": indices}
+        chunk["label"] = labels.to(self._device, non_blocking=True)
+        if pending.targets is None:
+            return {**chunk, "index": indices}
+        targets = _kept_targets(pending.targets, pending.indices != asked)
+        rows = torch.from_numpy(targets).to(self._device, non_blocking=True)
+        own = {name: values[: len(rows)] for name, values in chunk.items()}
+        return {
+            **own,
+            **{f"target_{name}": values[rows] for name, values in chunk.items()},
+            "index": indices[: len(rows)],
+        }
 
     def _read_or_replace(self, index: int, into: torch.Tensor) -> int:
         """Read an item into uint8 [1, C, H, W]; return it, or the one that stands in for it."""
@@ -178,3 +207,9 @@ class BatchLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _kept_targets(targets: np.ndarray, replaced: np.ndarray) -> np.ndarray:
+    """Return rows of partners [b] where rows [rows] that were replaced are nobody's partner, and have none."""
+    own = np.arange(len(targets))
+    return np.where(replaced[own] | replaced[targets], own, targets)

@@ -8,6 +8,7 @@ What only shows on decoding (damaged pixels, class indices) is an error when the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections import Counter
@@ -20,6 +21,7 @@ import torch
 from camera_utils import LABEL_SIZE, mirror_label
 from dnnlib.workers import map_ordered
 from training.config import require
+from training.head_identities import number_identities
 from training.head_labels import collect_labels, mirror_defects, parse_labels, select_views
 from training.image_reading import HeadReader, ItemNames, Probe, Roots, open_image
 from training.image_sources import (
@@ -137,6 +139,21 @@ class HeadDataset(torch.utils.data.Dataset):
     def parsing_classes(self) -> int:
         """Class indices of parsing maps are below it; 0 where there are none."""
         return self.config.parsing_classes
+
+    @functools.cached_property
+    def identities(self) -> np.ndarray | None:
+        """int64 [len]: equal where items show the same head; None where the data set does not say.
+
+        A flipped head is another one. Images without an identity are alone in theirs.
+
+        Raises:
+            ValueError: what `dataset.json` says cannot be used.
+        """
+        numbers = number_identities(self.reader)
+        if numbers is None:
+            return None
+        chosen = numbers[self._chosen]
+        return np.concatenate([chosen, chosen + len(numbers)]) if self.config.mirror else chosen
 
     @property
     def fingerprint(self) -> str:

@@ -5,6 +5,7 @@ What a phase computes is in `training.phase_pass`, schedules in `training.schedu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,9 +20,14 @@ from training.schedules import ScheduleValues
 from training.train_config import TrainConfig
 from training.triplane import TriPlaneGenerator
 
-__all__ = ["Chunk", "Phase", "PhaseResult", "PhaseRunner", "make_phases", "optimizer_settings", "update_w_avg"]
+__all__ = [
+    *("Chunk", "Phase", "PhaseResult", "PhaseRunner", "due_phases", "make_phases", "optimizer_settings"),
+    *("update_w_avg", "WARMUP"),
+]
 
 Network = Literal["G", "D"]
+WARMUP = "Gwarmup"
+"""Name of the phase of `training.reconstruction`."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,12 @@ class Phase:
     """One optimiser step."""
 
     name: str
-    """Gmain, Greg, Gboth, Dmain, Dreg or Dboth."""
+    """Gmain, Greg, Gboth, Dmain, Dreg, Dboth or Gwarmup."""
     network: Network
     """The network that is trained."""
-    interval: int = 1
-    """The phase runs in every iteration that is a multiple of it, with gradients times it (lazy regularisation)."""
+    interval: int | None = 1
+    """The phase runs in every iteration that is a multiple of it, with gradients times it (lazy regularisation).
+    Gwarmup, with an optimiser of its own, runs in all of the warm-up, and its gradients stay; None: only there."""
 
 
 def has_reg_phase(config: TrainConfig, network: Network) -> bool:
@@ -44,7 +51,7 @@ def has_reg_phase(config: TrainConfig, network: Network) -> bool:
 
 
 def make_phases(config: TrainConfig) -> tuple[Phase, ...]:
-    """Return the phases of an iteration in order: those of G, then those of D.
+    """Return the phases of an iteration in order: those of G, those of D, and the one of the warm-up if there is one.
 
     A network whose regulariser is off, or due in every iteration, has a single phase `both`.
 
@@ -61,7 +68,21 @@ def make_phases(config: TrainConfig) -> tuple[Phase, ...]:
             phases += [Phase(f"{network}main", network), Phase(f"{network}reg", network, interval)]
         else:
             phases.append(Phase(f"{network}both", network))
+    if config.warmup.kimg > 0:  # last, so that a phase has the same number, and draws the same, without it
+        phases.append(Phase(WARMUP, "G", config.warmup.after_interval))
     return tuple(phases)
+
+
+def due_phases(phases: Sequence[Phase], config: TrainConfig, cur_nimg: int) -> list[tuple[int, Phase]]:
+    """Return the phases of the iteration that begins after `cur_nimg` images, with their numbers in `phases`.
+
+    The warm-up has one; lazy regularisation counts iterations from its end.
+    """
+    nimg = cur_nimg - config.warmup_end_nimg
+    if nimg < 0:
+        return [(number, phase) for number, phase in enumerate(phases) if phase.name == WARMUP]
+    iteration = nimg // config.loop.batch_size
+    return [(number, p) for number, p in enumerate(phases) if p.interval is not None and iteration % p.interval == 0]
 
 
 def optimizer_settings(config: TrainConfig, network: Network) -> dict[str, Any]:

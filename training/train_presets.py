@@ -18,6 +18,7 @@ from training.train_config import (
     PrecisionConfig,
     TrainConfig,
     VicoConfig,
+    WarmupConfig,
 )
 
 _PUBLISHED_BATCH = 32  # schedules in kimg are given for this batch size, and shrink with a smaller one
@@ -167,6 +168,7 @@ def make_train_config(preset: str, data: DataConfig, settings: Mapping[str, Any]
         "discriminator": DiscriminatorConfig(img_resolution=data.resolution),
         "loss": LossConfig(r1_gamma=filled.pop("loss.r1_gamma")),
         "vico": VicoConfig(),
+        "warmup": WarmupConfig(),
         "augment": AugmentConfig(),
         "optimizer": OptimizerConfig(),
         "precision": PrecisionConfig(),

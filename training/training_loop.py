@@ -32,7 +32,17 @@ from training.data_loader import BatchLoader
 from training.dataset import HeadDataset
 from training.image_grids import make_grid, save_fakes, save_reals
 from training.network_setup import build_networks, set_backends
-from training.phases import WARMUP, Chunk, Phase, PhaseResult, PhaseRunner, due_phases, optimizer_settings, update_w_avg
+from training.phases import (
+    WARMUP,
+    Chunk,
+    Phase,
+    PhaseResult,
+    PhaseRunner,
+    due_phases,
+    make_phases,
+    optimizer_settings,
+    update_w_avg,
+)
 from training.reconstruction import Reconstruction, Views
 from training.run_log import RunLog
 from training.schedules import ScheduleValues, schedule_values
@@ -129,6 +139,7 @@ class Trainer:
         if config.augment.mode == "ada":
             self.ada = AdaptiveStrength(config.augment, loop.batch_size).to(self.device)
 
+        self.phases = make_phases(config)
         self.runner = PhaseRunner(self.G, self.D, config, self.augment)
         self.optimizers = {
             name: torch.optim.Adam(network.parameters(), fused=True, **optimizer_settings(config, name))
@@ -173,7 +184,7 @@ class Trainer:
         """Train on one global batch, of which this process has `batch`: a dict of tensors for each of its chunks."""
         config, nimg = self.config, self.progress.cur_nimg
         values = schedule_values(config.loss, config.schedule_nimg(nimg))
-        for number, phase in due_phases(config, nimg):
+        for number, phase in due_phases(self.phases, config, nimg):
             self.run_phase(number, phase, batch, values)
         loop = config.loop
         update_ema(self.G_ema, self.G, ema_beta(loop.batch_size, nimg, loop.ema_kimg, loop.ema_rampup))
@@ -229,7 +240,7 @@ class Trainer:
 
     def _partners(self, nimg: int, indices: np.ndarray) -> np.ndarray | None:
         """Return other views of the items of a batch, where reconstruction is due."""
-        if all(phase.name != WARMUP for _, phase in due_phases(self.config, nimg)):
+        if all(phase.name != WARMUP for _, phase in due_phases(self.phases, self.config, nimg)):
             return None
         return self.view_pairs.partners(nimg, indices)
 
