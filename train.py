@@ -15,6 +15,8 @@ from dataset_tools.synthetic_data import SyntheticData, names_synthetic_data
 from dnnlib import cli, serialize
 from dnnlib.extras import has_extra
 from legacy import load_snapshot
+from metrics.metric_main import parse_metrics
+from metrics.snapshot_metrics import SnapshotMetrics
 from torch_utils import distributed
 from torch_utils.launch import launch
 from training.config import require
@@ -124,6 +126,8 @@ def _synthetic_data(options: Mapping[str, Any]) -> SyntheticData | None:
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that options set, and those that follow from starting with trained networks."""
     fields = given_settings(options)
+    if "loop.metrics" in fields:
+        fields["loop.metrics"] = tuple(metric.name for metric in parse_metrics(fields["loop.metrics"]))
     if options["gen_pose_cond"] is not None and options["gpc_reg_prob"] is None:
         default = LossConfig.conditioning_swap_prob
         preset = train_preset(options["cfg"]).fields.get("loss.conditioning_swap_prob", default)
@@ -167,6 +171,8 @@ def _train(config: TrainConfig, name: str, options: Mapping[str, Any]) -> None:
         if synthetic is not None:
             synthetic.make()
         dataset = HeadDataset(config.data, seed=config.loop.seed)
+        loop = config.loop
+        evaluate = SnapshotMetrics(loop.metrics, config.data, device, loop.workers) if loop.metrics else None
         run = distributed.broadcast_object(_choose_run(config, name, options) if distributed.is_main() else None)
         with RunLog(
             run.run_dir,
@@ -187,6 +193,7 @@ def _train(config: TrainConfig, name: str, options: Mapping[str, Any]) -> None:
                 renderer=options["renderer"],
                 state=run.state,
                 start=start,
+                evaluate=evaluate,
             )
             train(request, log)
 

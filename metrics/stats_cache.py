@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from metrics.feature_stats import FeatureStats
@@ -10,6 +11,11 @@ from training.dataset import HeadDataset
 
 _VERSION = 1  # goes up when the same data would give other statistics
 _FOLDER = "statistics"
+
+
+def default_cache_dir() -> Path:
+    """Return where metrics keep what they can use again: a folder in the one where `dnnlib.util.open_url` does."""
+    return Path(os.environ.get("SPHEREHEAD_CACHE_DIR") or "~/.cache/spherehead").expanduser() / "metrics"
 
 
 def data_key(dataset: HeadDataset) -> str:

@@ -75,8 +75,8 @@ class TrainRequest:
     """Training state to go on from; None starts."""
     start: Mapping[str, nn.Module | None] = dataclasses.field(default_factory=dict)
     """Networks to start from (fine-tuning)."""
-    evaluate: Callable[[TriPlaneGenerator], Mapping[str, float]] | None = None
-    """Computes metrics of the moving average after every snapshot, on all ranks together; numbers by name."""
+    evaluate: Callable[[TriPlaneGenerator, Path], Mapping[str, float]] | None = None
+    """Computes metrics of the moving average after every snapshot, whose path it gets too; on all ranks together."""
 
 
 @dataclasses.dataclass
@@ -327,7 +327,7 @@ class Trainer:
         if save_state:
             self._save_state()
         if evaluate:
-            self.log.metrics(self.evaluate(self.G_ema), progress.cur_nimg)
+            self.log.metrics(self.evaluate(self.G_ema, self._snapshot_path()), progress.cur_nimg)
         self.clock.end_maintenance()
 
     def _scalars(self, loader: BatchLoader) -> dict[str, float]:
@@ -354,11 +354,13 @@ class Trainer:
             for name, path in save_fakes(self.run_dir, self.G_ema, self.progress.cur_nimg, self.grid).items():
                 self.log.images(name, path, self.progress.cur_nimg)
 
+    def _snapshot_path(self) -> Path:
+        return self.run_dir / f"network-snapshot-{self.progress.cur_nimg // 1000:06d}.safetensors"
+
     def _save_snapshot(self) -> None:
         """Write G, D and G_ema with their configuration; density noise, a training schedule, stays out."""
         if not distributed.is_main():
             return
-        kimg = self.progress.cur_nimg // 1000
         provenance = {
             "preset": self.config.preset,
             "data": list(self.config.data.images),
@@ -366,7 +368,7 @@ class Trainer:
             "seed": self.config.loop.seed,
         }
         networks = {"G": self.G, "D": self.D, "G_ema": self.G_ema}
-        save_networks(self.run_dir / f"network-snapshot-{kimg:06d}.safetensors", networks, provenance)
+        save_networks(self._snapshot_path(), networks, provenance)
 
     def _state_objects(self, progress: dict[str, Any]) -> dict[str, Any]:
         """Return everything that a state holds, by name."""
