@@ -1,0 +1,206 @@
+"""The warm-up in the training loop: resuming, several processes, what is trained when, what states hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dnnlib import serialize
+from tests.helpers.head_data import HeadFiles
+from tests.helpers.training import SIDE, debug_config, debug_data, request, run, state_tensors
+from torch_utils import gradients
+from torch_utils.launch import launch
+from training.dataset import HeadDataset
+from training.phases import WARMUP, due_phases, make_phases
+from training.run_log import RunLog, read_stats
+from training.training_loop import Trainer
+from training.training_state import list_states
+
+NO_TICKS = {"loop__tick_kimg": 1.0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return debug_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def identities(monkeypatch):
+    """Let the images of every data set be three views each of some heads."""
+    read = property(lambda self: torch.arange(len(self)).div(3, rounding_mode="floor").numpy())
+    monkeypatch.setattr(HeadDataset, "identities", read)
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    return state_tensors(list_states(run_dir)[0])
+
+
+def parts_of(state: dict[str, torch.Tensor]) -> set[str]:
+    return {name.partition("/")[0] for name in state}
+
+
+def trainer(config, run_dir: Path) -> Trainer:
+    return Trainer(request(config, run_dir), RunLog(run_dir, is_main=False))
+
+
+# Which phases are due.
+
+
+def due(config, kimg: float) -> list[str]:
+    return [phase.name for _, phase in due_phases(make_phases(config), config, int(kimg * 1000))]
+
+
+def test_due_phases_warm_up_first_and_count_intervals_from_its_end(data):
+    config = debug_config(data, warmup__kimg=0.010, optimizer__discriminator_reg_interval=2)
+    assert config.warmup_end_nimg == 12  # whole batches of 4
+    assert [due(config, kimg) for kimg in (0, 0.008)] == [[WARMUP], [WARMUP]]
+    assert [due(config, kimg) for kimg in (0.012, 0.016, 0.020)] == [
+        ["Gboth", "Dmain", "Dreg"],
+        ["Gboth", "Dmain"],
+        ["Gboth", "Dmain", "Dreg"],
+    ]
+
+
+def test_due_phases_keep_reconstructing_in_every_nth_iteration(data):
+    config = debug_config(data, warmup__kimg=0.004, warmup__after_interval=2)
+    assert [WARMUP in due(config, 0.004 * iteration) for iteration in range(5)] == [True, True, False, True, False]
+
+
+def test_schedules_stand_still_during_the_warm_up(data):
+    config = debug_config(data, warmup__kimg=0.010, loop__start_nimg=100)
+    assert [config.schedule_nimg(nimg) for nimg in (100, 108, 112, 116)] == [100, 100, 100, 104]
+    without = debug_config(data, loop__start_nimg=100)
+    assert [without.schedule_nimg(nimg) for nimg in (100, 108)] == [100, 108]
+
+
+def test_warmup_interval_after_none_is_an_error(data):
+    with pytest.raises(ValueError, match=r"warmup\.kimg: expected above 0 with warmup\.after_interval, got 0"):
+        debug_config(data, warmup__after_interval=4)
+
+
+# The loop.
+
+
+@pytest.mark.parametrize("after_interval", [None, 2])
+def test_warmup_resumed_in_and_after_it_equals_uninterrupted_bit_for_bit(data, tmp_path, identities, after_interval):
+    config = debug_config(data, warmup__kimg=0.008, warmup__after_interval=after_interval, augment__mode="ada")
+    run(config, tmp_path / "whole", 0.020)
+    for kimg in (0.004, 0.008, 0.012, 0.020):
+        assert run(config, tmp_path / "parts", kimg)
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not whole[name].equal(parts[name])] == []
+
+
+def test_warmup_trains_generator_and_encoder_alone_and_reports(data, tmp_path, identities):
+    config = debug_config(data, warmup__kimg=0.008, loop__ema_kimg=10.0, loop__ema_rampup=None)
+    before = trainer(config, tmp_path / "fresh")
+    start = {"G": before.G, "D": before.D, "E": before.reconstruction.encoder}
+    run(config, tmp_path / "run", 0.004)
+    state = tensors(tmp_path / "run")
+    moved = {
+        name: sum(not p.equal(state[f"{name}/{key}"]) for key, p in network.named_parameters())
+        for name, network in start.items()
+    }
+    assert moved["D"] == 0 and moved["E"] == len(list(start["E"].parameters()))
+    assert moved["G"] > 0.9 * len(list(start["G"].parameters()))
+    average = state["G_ema/decoder.net.0.weight"]
+    assert not average.equal(start["G"].decoder.net[0].weight) and not average.equal(state["G/decoder.net.0.weight"])
+    assert not state["G/backbone.mapping.w_avg"].equal(start["G"].backbone.mapping.w_avg)
+    reported = read_stats(tmp_path / "run" / "stats.jsonl")[-1]
+    names = {name.removeprefix("Loss/") for name in reported if name.startswith("Loss/")}
+    assert names == {f"warmup/{term}" for term in ("image", "raw", "mask", "perceptual", "kl", "loss")}
+    assert "50% of targets are another view, of 4 identities" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_warmup_states_lose_the_encoder_when_it_ends(data, tmp_path):
+    config = debug_config(data, warmup__kimg=0.004, loop__keep_states=3)
+    run(config, tmp_path, 0.008)
+    after = parts_of(state_tensors(list_states(tmp_path)[0]))
+    assert not after & {"E", "optimizer_warmup"} and {"optimizer_G", "optimizer_D"} <= after
+    assert "reconstructed from itself" in (tmp_path / "log.txt").read_text()
+    run(debug_config(data, warmup__kimg=0.008), tmp_path / "longer", 0.004)
+    during = parts_of(tensors(tmp_path / "longer"))
+    assert {"E", "optimizer_warmup"} <= during and not during & {"optimizer_G", "optimizer_D"}
+
+
+def test_warmup_two_processes_equal_one(data, tmp_path):
+    config = debug_config(
+        data,
+        **NO_TICKS,
+        warmup__kimg=0.016,
+        warmup__after_interval=1,
+        loop__batch_size=8,
+        loop__batch_gpu=4,
+        loss__conditioning_swap_prob=0.7,
+        generator__conditioning__zero=False,
+        generator__pose_offset=True,
+        loss__pose_offset_reg=10.0,
+    )
+    path = tmp_path / "config.json"
+    path.write_text(serialize.dumps(config))
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "tests.helpers.training", str(path), str(tmp_path / str(processes)), "0.024"]
+        launch(processes, command, log_dir=tmp_path / "logs")
+    one, two = (tensors(tmp_path / name) for name in "12")
+    for network in ("G/", "E/", "G_ema/"):
+        pairs = [(one[name], two[name]) for name in one if name.startswith(network)]
+        distance = math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs))
+        size = math.sqrt(sum(float(a.square().sum()) for a, _ in pairs))
+        # Sums in another order; Adam divides small gradients by themselves, so single biases may differ by 1e-3.
+        assert distance < 1e-5 * size, network
+
+
+def test_warmup_non_finite_gradient_skips_the_step(data, tmp_path, monkeypatch):
+    average = gradients.average_gradients
+
+    def spoiled(parameters):
+        parameters["encoder.head.0.weight"].grad.fill_(math.nan)
+        return average(parameters)
+
+    monkeypatch.setattr(gradients, "average_gradients", spoiled)
+    config = debug_config(data, warmup__kimg=0.008)
+    before = trainer(config, tmp_path / "fresh")
+    run(config, tmp_path / "run", 0.004)
+    assert "Gwarmup: step skipped at 0 kimg" in (tmp_path / "run" / "log.txt").read_text()
+    after = tensors(tmp_path / "run")
+    assert all(p.equal(after[f"G/{name}"]) for name, p in before.G.named_parameters())
+
+
+@pytest.mark.parametrize("preset", ["spherehead", "panohead", "eg3d"])
+def test_warmup_steps_of_published_presets_are_finite(data, tmp_path, preset, identities):
+    """Tri-planes of all kinds, with background, camera offsets and conditioning, with and without masks."""
+    from training.train_presets import make_train_config
+
+    if preset == "eg3d":
+        data = dataclasses.replace(data, masks=())
+    small = {
+        "generator.plane_resolution": 16,
+        "generator.synthesis.channel_base": 256,
+        "generator.synthesis.channel_max": 16,
+        "generator.rendering.depth_resolution": 6,
+        "generator.rendering.depth_resolution_importance": 6,
+        "discriminator.channel_base": 512,
+        "discriminator.channel_max": 16,
+        "loss.neural_rendering_resolution_initial": 16,
+    }
+    loop = {"loop.batch_size": 4, "loop.workers": 0, "loop.image_ticks": None, "loop.snapshot_ticks": None}
+    config = make_train_config(preset, data, {**small, **loop, "warmup.kimg": 0.008})
+    run(config, tmp_path, 0.008)
+    row = read_stats(tmp_path / "stats.jsonl")[-1]
+    assert row["Progress/skipped_steps"]["mean"] == 0
+    assert ("Loss/warmup/mask" in row) == bool(data.masks)
+    assert ("Loss/warmup/offset" in row) == (preset != "eg3d")
+    assert all("nonfinite" not in value for name, value in row.items() if name.startswith("Loss/"))
+
+
+def test_warmup_reconstructs_parsing_maps_too(tmp_path):
+    data = HeadFiles(8, side=SIDE).write(tmp_path / "data", zipped=True)
+    config = debug_config(data, warmup__kimg=0.004)
+    run(config, tmp_path / "run", 0.004)
+    assert "Loss/warmup/parsing" in read_stats(tmp_path / "run" / "stats.jsonl")[-1]
