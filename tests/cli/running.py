@@ -14,6 +14,7 @@ import click
 import torch
 from click.testing import CliRunner, Result
 
+import calc_metrics
 import convert_checkpoint
 import gen_samples
 import gen_videos
@@ -29,6 +30,7 @@ COMMANDS: dict[str, click.Command] = {
     "projector.py": projector.project,
     "convert_checkpoint.py": convert_checkpoint.convert,
     "train.py": train.train_command,
+    "calc_metrics.py": calc_metrics.calc_metrics,
 }
 # click 8.1 joins the two streams unless told otherwise; later versions know no other way than apart.
 _SEPARATE = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
