@@ -253,13 +253,13 @@ def _merge(sums: _Sums | None, num_items: int, num_features: int) -> tuple[np.nd
     """Return mean and covariance over all ranks; `sums` may be used up."""
     if sums is None:
         sums = _Sums(torch.zeros(1, num_features, device=_collective_device()))
-    mean = _sum_of_ranks((sums.point * sums.num_items + sums.first) / num_items)
+    mean = sum_of_ranks((sums.point * sums.num_items + sums.first) / num_items)
     # About the common mean m instead of the point p: with f = sum of (x - p) of this rank's n features,
     # sum (x - m)(x - m)^T = sum (x - p)(x - p)^T - f d^T - d f^T + n d d^T, where d = m - p.
     shift = mean - sums.point
     products = sums.second.addr_(sums.first - shift * (sums.num_items / 2), shift, alpha=-1)
     products.addr_(shift, sums.first - shift * (sums.num_items / 2), alpha=-1)
-    cov = _sum_of_ranks(products.div_(num_items)).cpu().numpy()
+    cov = sum_of_ranks(products.div_(num_items)).cpu().numpy()
     return mean.cpu().numpy(), (cov + cov.T) / 2
 
 
@@ -282,7 +282,7 @@ def _gather(value: tuple) -> list[tuple]:
     return values
 
 
-def _sum_of_ranks(tensor: torch.Tensor) -> torch.Tensor:
+def sum_of_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum over ranks, which may take the place of the tensor; the same bits on all of them."""
     if not distributed.is_active():
         return tensor
