@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from metrics.feature_stats import FeatureStats
 
 STEP_DEG = 10.0
-"""Angle between the cameras of a pair: the step at which a pixel of a head moves by some pixels, and little is hidden."""
+"""Angle between the cameras of a pair: surfaces move by some pixels, and little is hidden."""
 PAIRS_PER_HEAD = 4
 """Pairs of cameras around each head, 90 degrees apart."""
 OPAQUE = 0.9
 """Opacity from which on a pixel belongs to the head."""
-STEEPEST_DEG = 75.0
+STEEPEST_DEG = 65.0
 """Surfaces that are turned away from the camera by more are left out, and with them edges of depth: there, depth is a
 mean of near and far, and a pixel is a long piece of surface."""
 BEHIND = 0.03
@@ -303,7 +303,7 @@ def surface_of(view: View) -> torch.Tensor:
     """Return which pixels show a surface that can be followed: bool `[B, 1, R, R]`.
 
     The pixel and its eight neighbours are opaque, and their depths differ by no more than on a plane that is turned
-    away by 75 degrees: `max - min <= 2 sqrt(2) tan(75 degrees) pixel`, with the width of a pixel at that depth.
+    away by 65 degrees: `max - min <= 2 sqrt(2) tan(65 degrees) pixel`, with the width of a pixel at that depth.
     """
     size = view.depth.shape[-1]
     depth = functional.pad(view.depth, (1, 1, 1, 1), mode="replicate")

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from camera_utils import yaw_pitch_roll_deg
+from metrics.detector_interface import DetectorInfo
 from training.config import RenderingConfig
 from training.networks_stylegan2 import SynthesisOptions
 from training.synthetic_head_geometry import HeadField
@@ -148,6 +150,40 @@ class NoiseGenerator(RayTracedGenerator):
         }
 
 
+class Compass(RayTracedGenerator):
+    """Pictures whose colour is the direction in which the camera stands.
+
+    Args:
+        resolution: side of the pictures.
+        error_deg: by how much directions are turned about the vertical axis.
+    """
+
+    def __init__(self, resolution: int = 8, error_deg: float = 0.0) -> None:
+        super().__init__(resolution)
+        self.error_deg = error_deg
+
+    def render(
+        self, field: Field, c: torch.Tensor, neural_rendering_resolution: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Write the directions."""
+        yaw, pitch, _ = torch.deg2rad(yaw_pitch_roll_deg(c) + torch.tensor([self.error_deg, 0, 0])).T
+        direction = torch.stack([pitch.cos() * yaw.sin(), pitch.sin(), pitch.cos() * yaw.cos()], dim=1)
+        return {"image": direction[:, :, None, None].expand(-1, -1, self.img_resolution, self.img_resolution)}
+
+
+class ReadCompass:
+    """The detector that reads the colours of `Compass`."""
+
+    outputs = frozenset({"directions"})
+    key = "c033"
+    info = DetectorInfo(name="compass", resize="none", sha256=None, source="tests", held_out={"median_deg": 0.5})
+
+    def __call__(self, images: torch.Tensor, output: str) -> torch.Tensor:
+        """Return unit vectors `[B, 3]`."""
+        assert images.dtype == torch.uint8 and output == "directions"
+        return functional.normalize((images.float().mean(dim=(2, 3)) - 127.5) / 127.5)
+
+
 @torch.no_grad()
 def trace_depth(heads: list[HeadParameters], labels: torch.Tensor, resolution: int) -> torch.Tensor:
     """Return the distance along the rays of pixel centres to heads, `[B, 1, H, W]`; `FAR` where there is nothing."""
@@ -159,7 +195,7 @@ def trace_depth(heads: list[HeadParameters], labels: torch.Tensor, resolution: i
 
 
 def reflect_depth(labels: torch.Tensor) -> torch.Tensor:
-    """Return labels `[B, 25]` of the poses diag(1, 1, -1) C diag(-1, 1, 1): those of cameras behind come to the front."""
+    """Return labels `[B, 25]` of the poses diag(1, 1, -1) C diag(-1, 1, 1), which move the back to the front."""
     reflected = labels.clone()
     reflected[:, 8:12] *= -1  # the world's z
     reflected[:, [0, 4, 8]] *= -1  # the camera's x
