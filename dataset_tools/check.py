@@ -12,6 +12,7 @@ from PIL import Image
 from dataset_tools.pictures import Tile, contact_sheet, pose_histogram
 from dnnlib.workers import WorkerDied, map_ordered
 from training.dataset import match_files
+from training.head_identities import read_identities
 from training.head_labels import BACK_YAW_DEG, collect_labels, parse_labels, view_angles_deg
 from training.image_reading import HeadReader, ItemNames, Probe, Roots, open_image
 from training.image_sources import (
@@ -181,6 +182,9 @@ def _check_labels(reader: HeadReader) -> tuple[np.ndarray, dict[int, list[str]],
             continue
         labels[part], defects = collect_labels([reader.items[i].image for i in part], table)
         bad |= {part[i]: [f"{reader.describe(part[i])}: {text}"] for i, text in defects.items()}
+        names = [reader.items[i].image for i in part]
+        alone = [name for name, one in zip(names, read_identities(root.images, names) or names) if one is None]
+        remarks += _named(where, "images without an identity", alone)
         there = {without_extension(name) for name in root.images.names}
         remarks += _named(
             where, "labels of images that are not there", [n for n in table if without_extension(n) not in there]

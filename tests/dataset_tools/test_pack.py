@@ -99,6 +99,15 @@ def test_labels_can_be_matched_by_file_name_alone(tmp_path, files):
     assert len(HeadDataset(packed_config(tmp_path, parsing=(), parsing_classes=0))) == 12
 
 
+@pytest.mark.parametrize("use_basename", [False, True])
+def test_identities_are_packed_under_the_new_names(tmp_path, files, use_basename):
+    files.identities = {name: f"head {i // 4}" for i, name in enumerate(files.images) if i < 8}
+    source = HeadDataset(files.write(tmp_path / "source"))
+    assert pack(request(tmp_path, max_images=10, use_basename=use_basename)).num_images == 10
+    packed = HeadDataset(packed_config(tmp_path))
+    assert packed.identities.tolist() == source.identities[:10].tolist() == [0] * 4 + [1] * 4 + [2, 3]
+
+
 def test_source_without_labels_is_packed_without(tmp_path, files):
     write_files(tmp_path / "source" / "images", files.images)
     none = dict.fromkeys(("masks", "dest_masks", "parsing", "dest_parsing"))

@@ -47,6 +47,26 @@ def test_synthesise_writes_what_training_reads(made):
         assert 0.1 < (item["mask"] >= 128).mean() < 0.9
 
 
+def test_synthesise_names_identities_whose_views_follow_each_other(made):
+    data = data_of(made)
+    assert data.identities[file_order(data)].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_synthetic_set_from_before_identities_is_known_by_its_note(made, tmp_path):
+    for name in (MASKS, PARSING, DESCRIPTION):
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    with zipfile.ZipFile(made / IMAGES) as new, zipfile.ZipFile(tmp_path / IMAGES, "w") as old:
+        for name in new.namelist():
+            content = new.read(name)
+            if name == "dataset.json":
+                content = json.dumps({"labels": json.loads(content)["labels"]})
+            old.writestr(name, content)
+    data = data_of(tmp_path)
+    assert data.identities[file_order(data)].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    (tmp_path / DESCRIPTION).unlink()
+    assert data_of(tmp_path).identities is None
+
+
 def test_synthesise_views_of_an_identity_share_its_background(made):
     data = data_of(made)
     items = [data[i] for i in file_order(data)]

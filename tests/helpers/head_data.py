@@ -79,11 +79,15 @@ class HeadFiles:
         self.parsing = {item_name(i): encoded(parsing_picture(i, side)) for i in numbers}
         table = head_labels(spread_yaw_deg(count) if yaw_deg is None else yaw_deg).tolist()
         self.labels: dict[str, Any] = dict(zip(self.images, table))
+        self.identities: dict[str, Any] | None = None
         self.side = side
 
     def write(self, folder: Path, zipped: bool = False, method: int = zipfile.ZIP_STORED, **config: Any) -> DataConfig:
         """Write all roots below a folder; return the configuration of them."""
-        labels = json.dumps({"labels": [list(entry) for entry in self.labels.items()]}).encode()
+        content = {"labels": list(self.labels.items())}
+        if self.identities is not None:
+            content["identities"] = list(self.identities.items())
+        labels = json.dumps(content).encode()
         roots = {"images": {**self.images, "dataset.json": labels}, "masks": self.masks, "parsing": self.parsing}
         paths = {kind: str(folder / (f"{kind}.zip" if zipped else kind)) for kind in roots}
         for kind, files in roots.items():

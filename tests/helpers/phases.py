@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from camera_utils import TRAINING_FOCAL, camera_label, intrinsics_from_focal, look_at_pose
 from tests.helpers.published import fill_weights
@@ -129,3 +133,61 @@ def rows(chunk: Chunk, positions: np.ndarray, num_groups: int) -> Chunk:
 def gradients(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the gradients that a network has, by name."""
     return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+class SplitDraws:
+    """Random numbers that belong to samples of the global batch, whatever the chunk they are computed in.
+
+    Every call of torch.rand, randn or randint takes its numbers from a table for 8 samples (or 2 groups), in which it
+    finds its rows: the n-th call of a chunk reads the n-th table.
+    """
+
+    def __init__(self, positions: np.ndarray, num_groups: int) -> None:
+        self.positions, self.calls = torch.as_tensor(positions), 0
+        self.groups = self.positions[:num_groups] // 4
+
+    def table(self, shape: tuple[int, ...], draw: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.calls)
+        self.calls += 1
+        if len(shape) < 2:  # one number for each group
+            return draw((2,), generator)[self.groups]
+        repeats = shape[0] // len(self.positions)
+        whole = draw((8, repeats, *shape[1:]), generator)
+        return whole[self.positions].flatten(0, 1)
+
+    @contextlib.contextmanager
+    def patched(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        rand, randn, randint = torch.rand, torch.randn, torch.randint
+
+        def size(args: tuple) -> tuple[int, ...]:
+            return tuple(args[0]) if args and not isinstance(args[0], int) else tuple(args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *s, **_: self.table(size(s), lambda n, g: rand(n, generator=g)))
+            patch.setattr(torch, "randn", lambda *s, **_: self.table(size(s), lambda n, g: randn(n, generator=g)))
+            patch.setattr(
+                torch,
+                "randn_like",
+                lambda x: self.table(tuple(x.shape), lambda n, g: randn(n, generator=g)).to(x.dtype),
+            )
+            patch.setattr(
+                torch,
+                "randint",
+                lambda low, high, n, **_: self.table(n, lambda n, g: randint(low, high, n, generator=g)),
+            )
+            yield
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a number of a tensor is read by the host, or a shape depends on one."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"{name} waits for the device"
+        boolean = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        assert not boolean, f"{name} with a mask waits for the device"
+        return func(*args, **(kwargs or {}))

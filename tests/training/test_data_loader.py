@@ -111,6 +111,48 @@ def test_number_of_processes_does_not_change_which_images_a_batch_has(dataset):
     assert sets[0] == sets[1] == sets[2]
 
 
+# Partners -------------------------------------------------------------------------------------------------------------
+
+
+def next_but_one(nimg, indices):
+    """Return the item two further on for odd items, and none for others."""
+    return np.where(indices % 2 == 1, (indices + 2) % 24, indices)
+
+
+def test_partners_are_read_beside_the_images_of_a_batch(dataset):
+    plain = flat(take(2, dataset, plan(), 5))
+    paired = flat(take(2, dataset, plan(), 5, partners=next_but_one))
+    assert_same(plain, [{key: chunk[key] for key in plain[0]} for chunk in paired])
+    for chunk in paired:
+        expected = next_but_one(0, chunk["index"].numpy())
+        for row, partner in enumerate(expected.tolist()):
+            item = dataset[partner]
+            np.testing.assert_array_equal(chunk["target_label"][row], item["label"])
+            mask = torch.from_numpy(item["mask"]).float() / 255
+            torch.testing.assert_close(chunk["target_image_mask"][row], mask, rtol=0, atol=0)
+            red = chunk["target_image"][row, 0, 0, 0].add(1).mul(127.5).round()
+            assert red == item["image"][0, 0, 0]
+
+
+def test_partners_are_asked_for_by_position_and_may_be_left_out(dataset):
+    asked = []
+
+    def none(nimg, indices):
+        asked.append((nimg, len(indices)))
+
+    assert_same(flat(take(2, dataset, plan(), 5, 16, partners=none)), flat(take(2, dataset, plan(), 5, 16)))
+    assert asked[:2] == [(16, 8), (24, 8)]
+
+
+def test_partner_that_becomes_unreadable_is_the_image_itself(config):
+    dataset = HeadDataset(config)
+    spoil(config, 3)
+    spoilt = next(item for item in range(len(dataset)) if dataset.locate(item) == (3, False))
+    chunks = flat(take(2, dataset, plan(), 0, 0, partners=lambda nimg, indices: np.full_like(indices, spoilt)))
+    for chunk in chunks:
+        assert torch.equal(chunk["target_image"], chunk["image"]) and torch.equal(chunk["target_label"], chunk["label"])
+
+
 # Images that go away --------------------------------------------------------------------------------------------------
 
 

@@ -8,12 +8,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.phases import batch, gradients, networks, rows, train_config
+from tests.helpers.phases import NoHostReads, SplitDraws, batch, gradients, networks, rows, train_config
 from training import loss
 from training.augment import AugmentPipe
 from training.batch_plan import BatchPlan
@@ -360,49 +358,6 @@ def test_labels_of_flipped_images_are_mirrored_with_consistency_alone(mode):
 # The split of a batch.
 
 
-class SplitDraws:
-    """Random numbers that belong to samples of the global batch, whatever the chunk they are computed in.
-
-    Every call of torch.rand, randn or randint takes its numbers from a table for 8 samples (or 2 groups), in which it
-    finds its rows: the n-th call of a chunk reads the n-th table.
-    """
-
-    def __init__(self, positions: np.ndarray, num_groups: int) -> None:
-        self.positions, self.calls = torch.as_tensor(positions), 0
-        self.groups = self.positions[:num_groups] // 4
-
-    def table(self, shape: tuple[int, ...], draw: Any) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.calls)
-        self.calls += 1
-        if len(shape) < 2:  # one number for each group
-            return draw((2,), generator)[self.groups]
-        repeats = shape[0] // len(self.positions)
-        whole = draw((8, repeats, *shape[1:]), generator)
-        return whole[self.positions].flatten(0, 1)
-
-    @contextlib.contextmanager
-    def patched(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        rand, randn, randint = torch.rand, torch.randn, torch.randint
-
-        def size(args: tuple) -> tuple[int, ...]:
-            return tuple(args[0]) if args and not isinstance(args[0], int) else tuple(args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "rand", lambda *s, **_: self.table(size(s), lambda n, g: rand(n, generator=g)))
-            patch.setattr(torch, "randn", lambda *s, **_: self.table(size(s), lambda n, g: randn(n, generator=g)))
-            patch.setattr(
-                torch,
-                "randn_like",
-                lambda x: self.table(tuple(x.shape), lambda n, g: randn(n, generator=g)).to(x.dtype),
-            )
-            patch.setattr(
-                torch,
-                "randint",
-                lambda low, high, n, **_: self.table(n, lambda n, g: randint(low, high, n, generator=g)),
-            )
-            yield
-
-
 def split_gradients(
     phase: Phase, config: TrainConfig, batch_gpu: int, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, torch.Tensor]:
@@ -442,21 +397,6 @@ def test_rolls_across_groups_would_show_in_the_split(monkeypatch):
 
 
 # Waiting for the device.
-
-
-class NoHostReads(TorchDispatchMode):
-    """Fails where a number of a tensor is read by the host, or a shape depends on one."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in self.FORBIDDEN, f"{name} waits for the device"
-        boolean = name in ("index", "index_put", "index_put_") and any(
-            x is not None and x.dtype == torch.bool for x in args[1]
-        )
-        assert not boolean, f"{name} with a mask waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 def test_reading_a_number_from_the_device_is_noticed():
