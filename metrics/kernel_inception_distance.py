@@ -53,7 +53,7 @@ def kernel_distances(
         device: that computes.
 
     Returns:
-        float64 `[num_subsets]`, the same on all ranks.
+        float64 `[num_subsets]`, or `[1]` where a subset is everything; the same on all ranks.
 
     Raises:
         ValueError: widths differ, or there are fewer than 2 images of a kind.
@@ -72,7 +72,7 @@ def kernel_distances(
         ]
         estimates[subset] = _squared_discrepancy(*pair)
         distributed.note_progress()
-    return np.resize(sum_of_ranks(estimates).cpu().numpy(), num_subsets)  # each is 0 on all ranks but one
+    return sum_of_ranks(estimates).cpu().numpy()  # each is 0 on all ranks but one
 
 
 def _squared_discrepancy(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ class KernelDistance:
         estimates = kernel_distances(real, generated, seed=evaluation.settings.seed, device=evaluation.device)
         details = {
             **counts(*(stats[request] for request in requests)),
-            "subsets": NUM_SUBSETS,
+            "subsets": len(estimates),
             "subset_size": min(len(real), len(generated), MAX_SUBSET_SIZE),
             "std_of_subsets": float(estimates.std()),
         }
