@@ -1,0 +1,372 @@
+"""Train small networks on the real images of a data set: once, in about a minute of one core, and keep them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from dnnlib.workers import map_ordered
+from metrics.detector_interface import DetectorContext
+from metrics.stats_cache import data_key
+from torch_utils import distributed
+from torch_utils.rng import derive_seed
+from torch_utils.tensor_file import read_tensor_file, write_tensor_file
+from training.config import require
+from training.dataset import HeadDataset
+
+MIN_IMAGES = 64
+MAX_SIZE, MIN_SIZE = 64, 32
+_VERSION = 1  # goes up when the same data would give other networks
+_KIND = "spherehead-trained-detector"
+_NUM_STRETCHES = 64
+_HELD_OUT = 8  # one in so many
+_READ_TOGETHER = 16  # images
+_EVALUATED_TOGETHER = 128  # images
+_WARM_UP = 0.1  # share of the steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """How long and how fast a network is trained."""
+
+    max_images: int = 8192
+    """At most so many images are read: decoding large ones would take longer than the training."""
+    epochs: float = 25
+    min_seen: int = 5_000
+    """Images that training sees at least, counted as often as it sees them,"""
+    max_seen: int = 42_000
+    """and at most. It is what bounds the time."""
+    batch_size: int = 32
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-2
+
+    def num_steps(self, num_images: int) -> int:
+        """Return the number of batches for a number of images."""
+        seen = min(max(self.epochs * num_images, self.min_seen), self.max_seen)
+        return max(1, round(seen / self.batch_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Images and what is to be learnt from them."""
+
+    images: torch.Tensor
+    """uint8 [N, 3, S, S]."""
+    directions: torch.Tensor
+    """float32 [N, 3]: from where the camera looks, see `view_directions`."""
+    masks: torch.Tensor | None = None
+    """uint8 [N, 1, S, S], where the data set has masks."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, rows: torch.Tensor | slice) -> Examples:
+        """Return some of them."""
+        masks = None if self.masks is None else self.masks[rows]
+        return Examples(images=self.images[rows], directions=self.directions[rows], masks=masks)
+
+
+class Task(Protocol):
+    """What a network is to learn."""
+
+    name: str
+    """Of files and progress bars."""
+    plan: TrainingPlan
+
+    def build(self, size: int) -> torch.nn.Module:
+        """Return a network for images of `size` pixels, with random weights."""
+
+    def sampling_weights(self, examples: Examples) -> torch.Tensor:
+        """Return how often each example is wanted, relative to the others: float64 [N]."""
+
+    def loss(self, network: torch.nn.Module, batch: Examples, images: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of a batch; `images` are its images as float32 in [-1, 1], disturbed."""
+
+    def evaluate(self, network: torch.nn.Module, examples: Examples) -> dict[str, float]:
+        """Return how good a network is on examples that it has not seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedNetwork:
+    """A network that was trained on a data set, on the device of the context and in evaluation mode."""
+
+    network: torch.nn.Module
+    size: int
+    """Of the images that it takes, in pixels."""
+    num_images: int
+    """That it was trained on, those that were held out not counted."""
+    held_out: dict[str, float] = field(default_factory=dict)
+    """What `Task.evaluate` returned, and `num_images`."""
+    key: str
+    """SHA-256 of the weights."""
+
+
+def trained_network(task: Task, context: DetectorContext) -> TrainedNetwork:
+    """Return a network trained on the data set of the context; collective.
+
+    Rank 0 trains it, on its CPU so that machines with and without a GPU get the same network up to rounding, or takes
+    it from the cache, where it is kept under a hash of data, task, plan and seed.
+
+    Of the images, one in eight is held out: by identity, if the data set names identities; otherwise in stretches of
+    files in their order, since neighbours are often pictures of the same person. Flipped and repeated items count once;
+    flips are an augmentation here.
+
+    Raises:
+        ValueError: fewer than 64 images, or one that cannot be read.
+    """
+    items = _unique_items(context.dataset)
+    name = f"detector {task.name}"
+    require(len(items) >= MIN_IMAGES, f"{name}, data", f"at least {MIN_IMAGES} images to train on", len(items))
+    size = MAX_SIZE if context.dataset.resolution >= MAX_SIZE else MIN_SIZE
+    state = None
+    if distributed.is_main():
+        with distributed.long_task(f"training {name}"):
+            state = _load_or_train(task, context, items, size)
+    weights, header = distributed.broadcast_object(state)
+    network = task.build(size)
+    network.load_state_dict(weights)
+    network.to(context.device).eval().requires_grad_(False)
+    digest = hashlib.sha256(f"{task.name} {_VERSION} {size}".encode())
+    for _, tensor in sorted(weights.items()):
+        digest.update(tensor.numpy().tobytes())
+    return TrainedNetwork(
+        network=network, size=size, num_images=header["num_images"], held_out=header["held_out"], key=digest.hexdigest()
+    )
+
+
+def view_directions(labels: np.ndarray) -> torch.Tensor:
+    """Return from where cameras look at the head: unit vectors float32 [N, 3] in world axes, +z in front of the face.
+
+    It is minus the viewing direction of labels [N, 25], from which `camera_utils.yaw_pitch_roll_deg` takes its angles;
+    for a camera that looks at the origin, it is the direction of its position.
+    """
+    back = torch.from_numpy(-np.asarray(labels, np.float64)[:, [2, 6, 10]])
+    return functional.normalize(back, dim=1).float()
+
+
+def shrink(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Average images down to a size, or enlarge them bilinearly; rounded to whole numbers, as the training sees them.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        size: side in pixels.
+
+    Returns:
+        uint8 [B, C, size, size].
+    """
+    if images.shape[2:] == (size, size):
+        return images
+    if min(images.shape[2:]) >= size:
+        resized = functional.adaptive_avg_pool2d(images.float(), size)
+    else:
+        resized = functional.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False)
+    return resized.round().to(torch.uint8)
+
+
+def resize_name(size: int) -> str:
+    """Return what `shrink` is called in results."""
+    return f"area average, to {size}"
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """Return bytes as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def _unique_items(dataset: HeadDataset) -> list[int]:
+    """Return one index of the data set for every image that is in it, in the order of the files."""
+    first: dict[int, int] = {}
+    for index in range(len(dataset)):
+        item, mirrored = dataset.locate(index)
+        if not mirrored:
+            first.setdefault(item, index)
+    return [first[item] for item in sorted(first)]
+
+
+def split(dataset: HeadDataset, items: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Split items of a data set into those to train on and those that are held out, see `trained_network`."""
+    identities = dataset.identities
+    if identities is None:
+        groups = np.arange(len(items)) * min(_NUM_STRETCHES, len(items)) // len(items)
+    else:
+        groups = np.unique(np.asarray(identities)[list(items)], return_inverse=True)[1].reshape(-1)
+    if groups.max() < _HELD_OUT - 1:  # a few identities: then each has some images in both parts
+        groups = np.arange(len(items))
+    held_out = groups % _HELD_OUT == _HELD_OUT // 2
+    items = np.asarray(items)
+    return items[~held_out], items[held_out]
+
+
+def _load_or_train(
+    task: Task, context: DetectorContext, items: list[int], size: int
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Return weights and a header, from the cache if they are there."""
+    path = _cache_path(task, context, size)
+    if path is not None and path.is_file():
+        try:
+            with open(path, "rb") as file:
+                return read_tensor_file(file, _KIND)
+        except (ValueError, OSError):
+            pass  # damaged: trained again, and written over
+    training, held_out = (
+        _read(context, part, size, f"{task.name}: reading")
+        for part in _limited(task.plan, split(context.dataset, items))
+    )
+    network = train(task, training, size, context)
+    held = {"num_images": float(len(held_out)), **task.evaluate(network.eval(), held_out)}
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
+    header = {"task": task.name, "num_images": len(training), "held_out": held}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensor_file(path, _KIND, weights, header)
+    return weights, header
+
+
+def _cache_path(task: Task, context: DetectorContext, size: int) -> Path | None:
+    if context.cache_dir is None:
+        return None
+    parts = [_VERSION, task.name, asdict(task.plan), context.seed, size, data_key(context.dataset)]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return Path(context.cache_dir) / "detectors" / f"{task.name}-{key[:32]}.safetensors"
+
+
+def _limited(plan: TrainingPlan, parts: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+    """Return the two parts, spread evenly over the files where there are more images than the plan reads."""
+    total = sum(map(len, parts))
+    if total <= plan.max_images:
+        return list(parts)
+    counts = [max(1, len(part) * plan.max_images // total) for part in parts]
+    return [part[np.linspace(0, len(part) - 1, count).astype(int)] for part, count in zip(parts, counts)]
+
+
+def _read(context: DetectorContext, indices: np.ndarray, size: int, description: str) -> Examples:
+    """Read items of the data set and shrink them."""
+    dataset = context.dataset
+    groups = [indices[start : start + _READ_TOGETHER] for start in range(0, len(indices), _READ_TOGETHER)]
+    tasks = ([dataset.locate(int(index)) for index in group] for group in groups)
+    layers = []
+    with tqdm(total=len(indices), desc=description, unit="img", disable=not context.progress, leave=False) as bar:
+        for pixels in map_ordered(dataset.reader, tasks, context.workers):
+            layers.append(shrink(torch.from_numpy(pixels), size))
+            bar.update(len(pixels))
+            distributed.note_progress()
+    pixels = torch.cat(layers)
+    masks = pixels[:, 3:4].clone() if dataset.has_masks else None
+    return Examples(images=pixels[:, :3].clone(), directions=view_directions(dataset.labels[indices]), masks=masks)
+
+
+def train(task: Task, examples: Examples, size: int, context: DetectorContext) -> torch.nn.Module:
+    """Train a network on the CPU: AdamW, the learning rate warmed up and then lowered along half a cosine.
+
+    Examples, initial weights, seed and plan determine it, up to rounding.
+
+    Returns:
+        The network, in training mode.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    plan, steps = task.plan, task.plan.num_steps(len(examples))
+    generator = torch.Generator().manual_seed(derive_seed(context.seed, _VERSION))
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(derive_seed(context.seed, _VERSION, 1))  # of the initial weights
+        network = task.build(size).to(memory_format=torch.channels_last).train()
+        optimizer = torch.optim.AdamW(network.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
+        weights, pending = task.sampling_weights(examples), torch.empty(0, dtype=torch.int64)
+        with tqdm(total=steps, desc=f"training {task.name}", disable=not context.progress, leave=False) as bar:
+            for step in range(steps):
+                if len(pending) < plan.batch_size:
+                    pending = torch.cat([pending, balanced_order(weights, generator)])
+                rows, pending = pending.split([plan.batch_size, len(pending) - plan.batch_size])
+                for group in optimizer.param_groups:
+                    group["lr"] = plan.learning_rate * _rate(step / steps)
+                batch, images = disturb(examples.rows(rows), generator)
+                loss = task.loss(network, batch, images.contiguous(memory_format=torch.channels_last))
+                require(math.isfinite(loss.item()), f"detector {task.name}", "a finite loss", loss.item())
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                bar.update()
+                distributed.note_progress()
+    return network
+
+
+def _rate(progress: float) -> float:
+    return min(1.0, progress / _WARM_UP + 0.01) * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def balanced_order(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw as many examples as there are, in random order, each in proportion to its weight.
+
+    By systematic resampling, so that an example with k times the mean weight comes floor(k) or ceil(k) times: exactly
+    once, if all weights are equal.
+
+    Args:
+        weights: float64 [N], above 0.
+        generator: on the CPU.
+
+    Returns:
+        int64 [N].
+    """
+    count = len(weights)
+    shuffled = torch.randperm(count, generator=generator)
+    ends = (weights[shuffled] / weights.sum() * count).cumsum(0)
+    places = torch.arange(count, dtype=torch.float64) + 0.5
+    drawn = shuffled[torch.searchsorted(ends, places, right=True).clamp(max=count - 1)]
+    return drawn[torch.randperm(count, generator=generator)]
+
+
+def disturb(batch: Examples, generator: torch.Generator) -> tuple[Examples, torch.Tensor]:
+    """Flip half of a batch, with everything that belongs to the images, and disturb the images a little.
+
+    Brightness and contrast of each colour change by a tenth of the range or so, images move by up to one pixel, a
+    quarter of them is blurred and another quarter noisy: generated images are not as clean as real ones, and metrics
+    shall see other faults than that.
+
+    Returns:
+        The batch, with images and masks flipped and moved, and its images as float32 in [-1, 1], disturbed.
+    """
+    count = len(batch)
+    flipped = torch.rand(count, generator=generator) < 0.5
+    signs = torch.where(flipped[:, None], torch.tensor([-1.0, 1.0, 1.0]), torch.ones(3))
+    shifts = tuple(torch.randint(-1, 2, (2,), generator=generator).tolist())
+    layers = [batch.images] if batch.masks is None else [batch.images, batch.masks]
+    pixels = torch.cat(layers, 1)
+    pixels = torch.where(flipped[:, None, None, None], pixels.flip(3), pixels).roll(shifts, (2, 3))
+    moved = Examples(
+        images=pixels[:, :3],
+        directions=batch.directions * signs,
+        masks=None if batch.masks is None else pixels[:, 3:],
+    )
+    gain, offset = 0.1 * torch.randn(2, count, 3, 1, 1, generator=generator)
+    images = to_float(moved.images) * (1 + gain) + offset
+    quarter = count // 4
+    blurred = functional.avg_pool2d(functional.pad(images[:quarter], (1, 1, 1, 1), mode="replicate"), 3, 1)
+    noisy = images[quarter : 2 * quarter]
+    noisy = noisy + 0.05 * torch.randn(noisy.shape, generator=generator)
+    return moved, torch.cat([blurred, noisy, images[2 * quarter :]])
+
+
+def conv_block(in_channels: int, out_channels: int, stride: int = 1) -> torch.nn.Sequential:
+    """Return a 3 x 3 convolution with batch normalisation and ReLU."""
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+        torch.nn.BatchNorm2d(out_channels),
+        torch.nn.ReLU(),
+    )
+
+
+@torch.no_grad()
+def apply_in_batches(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Apply a network to bytes [N, 3, S, S] in batches, and return all outputs."""
+    return torch.cat([network(to_float(part)) for part in images.split(_EVALUATED_TOGETHER)])
