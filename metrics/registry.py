@@ -38,7 +38,7 @@ class MetricValues:
     """What a metric found."""
 
     values: Mapping[str, float]
-    """Numbers by name; the first has the name of the metric."""
+    """Numbers by name, which begins with that of the metric; the first is the number of the metric."""
     curve: Curve | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     """JSON data: counts, thresholds and the like, that a reader needs to compare."""
