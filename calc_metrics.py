@@ -6,13 +6,11 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -34,6 +32,7 @@ from metrics.results import (
     result_record,
     results_table,
 )
+from metrics.stats_cache import default_cache_dir
 from torch_utils import distributed
 from torch_utils.launch import launch
 from training.config import require
@@ -196,8 +195,7 @@ def _labelled(networks: tuple[str, ...]) -> dict[str, str]:
     return labels
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Request:
+class _Request(NamedTuple):
     """What a command line asks for, checked as far as that needs no network."""
 
     networks: Mapping[str, str]
@@ -253,20 +251,14 @@ def _request(networks: Mapping[str, str], options: Mapping[str, Any]) -> _Reques
 def _settings(options: Mapping[str, Any]) -> EvaluationSettings:
     both = options["no_cache"] and options["cache_dir"] is not None
     require(not both, "--cache-dir", "none together with --no-cache", options["cache_dir"])
-    device = options["device"]
-    on_gpu = torch.cuda.is_available() if device == "auto" else device != "cpu"
+    on_gpu = options["device"] != "cpu" and torch.cuda.is_available()
     same_names = ("seed", "batch_size", "truncation_psi", "truncation_cutoff", "mode", "num_yaw_bins", "detector")
     return EvaluationSettings(
         **{name: options[name] for name in (*same_names, "segmenter", "vgg", "workers")},
         render_ahead=on_gpu if options["render_ahead"] is None else options["render_ahead"],
-        cache_dir=None if options["no_cache"] else options["cache_dir"] or _default_cache_dir(),
+        cache_dir=None if options["no_cache"] else options["cache_dir"] or default_cache_dir(),
         progress=options["verbose"],
     )
-
-
-def _default_cache_dir() -> Path:
-    """Return a folder in the one where `dnnlib.util.open_url` keeps files."""
-    return Path(os.environ.get("SPHEREHEAD_CACHE_DIR") or "~/.cache/spherehead").expanduser() / "metrics"
 
 
 # ---- evaluation ----

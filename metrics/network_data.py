@@ -29,7 +29,7 @@ def run_folder(network: str) -> Path | None:
 
 
 def data_of_network(network: str) -> DataConfig:
-    """Return the data set that a network was trained on: all of it, no image flipped, no parsing maps.
+    """Return the data set that a network was trained on: all of it, no image flipped or repeated.
 
     It stands in options.json or training_options.json beside the network, else in a published snapshot.
 
@@ -71,7 +71,7 @@ def _told_by(where: str) -> Iterator[None]:
 
 def _own(data: Any) -> DataConfig:
     config = serialize.from_json(DataConfig, data, "config.data")
-    return dataclasses.replace(config, mirror=False, max_images=None, parsing=(), parsing_classes=0)
+    return dataclasses.replace(config, mirror=False, back_repeat=1, max_images=None, parsing=(), parsing_classes=0)
 
 
 def _published(kwargs: Mapping[str, Any]) -> DataConfig:
@@ -86,6 +86,5 @@ def _published(kwargs: Mapping[str, Any]) -> DataConfig:
         min_yaw_deg=float(kwargs.get("min_yaw", 0)),
         max_yaw_deg=float(kwargs.get("max_yaw", 180)),
         max_pitch_deg=float(kwargs.get("max_pitch", 90)),
-        back_repeat=int(kwargs.get("back_repeat", 1)),
         published_angles=True,
     )

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,22 +147,25 @@ def results_table(results: Sequence[MetricResult]) -> str:
             rows.append([result.metric, _NOTHING, time_shown])
             continue
         for position, (name, value) in enumerate(result.values.values.items()):
-            rows.append([name, _number(value), time_shown if position == 0 else ""])
+            shown = name if name.startswith(result.metric) else f"{_GAP}{name}"
+            rows.append([shown, _number(value), time_shown if position == 0 else ""])
     curves = {result.metric: result.values.curve for result in results if _has_curve(result)}
     parts = [_aligned(rows), *_curve_tables(curves)]
     return "\n\n".join([*parts, *_notes(results)]) + "\n"
 
 
 def comparison_table(columns: Mapping[str, Sequence[MetricResult]]) -> str:
-    """Return the results of several networks as text: a row for each network, a column for each metric.
+    """Return the results of several networks as text: a row for each network, columns for the numbers of each metric.
 
     Args:
         columns: results by the name of the network; some networks may lack some.
     """
     found = {network: {result.metric: result for result in results} for network, results in columns.items()}
     metrics = list(dict.fromkeys(metric for results in found.values() for metric in results))
-    rows = [["network", *metrics]]
-    rows += [[network, *(_number(_primary(results.get(m))) for m in metrics)] for network, results in found.items()]
+    numbers = {network: _numbers(results.values()) for network, results in found.items()}
+    names = list(dict.fromkeys(name for values in numbers.values() for name in values))
+    rows = [["network", *names]]
+    rows += [[network, *(_number(values.get(name)) for name in names)] for network, values in numbers.items()]
     curves = {
         f"{metric}, {network}": results[metric].values.curve
         for metric in metrics
@@ -173,8 +176,13 @@ def comparison_table(columns: Mapping[str, Sequence[MetricResult]]) -> str:
     return "\n\n".join([_aligned(rows), *_curve_tables(curves), *_notes(every)]) + "\n"
 
 
-def _primary(result: MetricResult | None) -> float | None:
-    return None if result is None or result.values is None else next(iter(result.values.values.values()))
+def _numbers(results: Iterable[MetricResult]) -> dict[str, float | None]:
+    """Return the numbers that have the name of their metric, or begin with it; None where it is not applicable."""
+    numbers: dict[str, float | None] = {}
+    for result in results:
+        values = {result.metric: None} if result.values is None else result.values.values
+        numbers |= {name: value for name, value in values.items() if name.startswith(result.metric)}
+    return numbers
 
 
 def _has_curve(result: MetricResult) -> bool:

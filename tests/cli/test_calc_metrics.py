@@ -7,15 +7,11 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 import calc_metrics
@@ -24,7 +20,7 @@ from metrics.evaluation import Evaluation, EvaluationSettings
 from metrics.metric_main import PRESETS, MetricResult
 from metrics.registry import Curve, Metric, MetricValues
 from metrics.results import read_records
-from tests.cli.running import REPO_ROOT, fail, invoke, start, succeed
+from tests.cli.running import fail, invoke, succeed
 from tests.helpers.head_data import HeadFiles
 from tests.helpers.tiny import tiny_network
 from training.config import SuperresolutionConfig
@@ -63,7 +59,7 @@ def network(weights, data, tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch) -> Path:
     """Keep the caches of these tests apart."""
-    monkeypatch.setattr(calc_metrics, "_default_cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(calc_metrics, "default_cache_dir", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -129,12 +125,6 @@ def test_dry_run_says_what_would_be_done_and_makes_nothing(network, own_cache):
     assert shown["settings"]["cache_dir"] == str(own_cache)
     assert shown["folders"] == {"net": str(network.parent)}
     assert sorted(network.parent.iterdir()) == before and not own_cache.exists()
-
-
-def test_default_cache_is_beside_other_downloads(monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setenv("SPHEREHEAD_CACHE_DIR", "kept")
-    assert calc_metrics._default_cache_dir() == Path("kept/metrics")
 
 
 SETTINGS = [

@@ -79,19 +79,37 @@ PROJECTIONS = [
     Published("--save-video", "False", "save_video", False, True),
     Published("--fps", "60", "fps", 60, 30),
 ]
+METRICS = [
+    Published("--network", "a.pkl", "network", "a.pkl", None),
+    Published("--metrics", "fid50k_full,kid50k_full", "metrics", "fid50k_full,kid50k_full", "fid50k_full"),
+    Published("--data", "imgs.zip", "image_roots", ("imgs.zip",), None),
+    Published("--img_data", "imgs.zip", "image_roots", ("imgs.zip",), None),
+    Published("--seg_data", "masks.zip", "mask_roots", ("masks.zip",), None),
+    Published("--mirror", "True", "mirror", True, None),
+    Published("--mode", "back", "mode", "back", "all"),
+    Published("--gpus", "2", "gpus", 2, 1),
+    Published("--verbose", "False", "verbose", False, True),
+]
 CASES = [("gen_samples.py", option) for option in SAMPLES] + [
     (script, option) for script in GENERATORS[1:] for option in VIDEOS
 ]
 CASES += [("projector.py", option) for option in PROJECTIONS]
+CASES += [("calc_metrics.py", option) for option in METRICS]
 NEEDED = {
     "gen_samples.py": {"--network": "a.pkl", "--seeds": "0"},
     "gen_videos.py": {"--network": "a.pkl"},
     "gen_videos_interp.py": {"--network": "a.pkl"},
     "projector.py": {"--network": "a.pkl", "--target": "photos", "--outdir": "out"},
+    "calc_metrics.py": {"--network": "a.pkl"},
 }
 OUR_DEFAULTS = {
     ("gen_samples.py", "fov_deg"): (18.837, "published: declared an integer, which cuts the intended 18.837 to 18"),
     ("gen_samples.py", "shape_format"): ("mrc", "published: spelled with a dot, which is accepted"),
+    ("calc_metrics.py", "metrics"): ("quick", "published: needs a download, and a GPU"),
+    ("calc_metrics.py", "image_roots"): ((), "published: None, which means the same"),
+    ("calc_metrics.py", "mask_roots"): ((), "published: None, which means the same"),
+    ("calc_metrics.py", "mirror"): (False, "published: None, which for all metrics named _full is the same"),
+    ("calc_metrics.py", "gpus"): (None, "published: 1; None is the processes that torchrun has started, or 1"),
 }
 OURS = {
     "gen_samples.py": [
@@ -211,6 +229,11 @@ def test_example_parses(script, line, tmp_path, monkeypatch):
             monkeypatch.setenv("WORLD_SIZE", "16")
         for name in ("imgs.zip", "masks.zip"):
             write_files(tmp_path / name, {"a.png": encoded(picture(0, 512))})
+    if script == "calc_metrics.py":
+        for name in ("imgs.zip", "masks.zip"):
+            write_files(tmp_path / name, {"a.png": encoded(picture(0, 512))})
+        if launcher[0] == "torchrun":
+            monkeypatch.setenv("WORLD_SIZE", "8")
     if script == "projector.py":
         write_photos(tmp_path / "photos", ["a.png", "b.png", "c.png", "d.png"])
         shutil.copytree(tmp_path / "photos", tmp_path / "masks")

@@ -63,16 +63,16 @@ def test_anchors_follow_github(tmp_path):
 def commands() -> Iterator[click.Command]:
     """Yield the click commands of the scripts in the root, those of groups included."""
     for script in sorted(REPO_ROOT.glob("*.py")):
-        if "click.command" not in script.read_text(encoding="utf-8"):
+        if not re.search(r"click\.(command|group)", script.read_text(encoding="utf-8")):
             continue
         spec = importlib.util.spec_from_file_location(f"docs_test_{script.stem}", script)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         for value in vars(module).values():
+            if isinstance(value, click.Command):
+                yield value
             if isinstance(value, click.Group):
                 yield from value.commands.values()
-            elif isinstance(value, click.Command):
-                yield value
 
 
 @pytest.fixture(scope="module")

@@ -39,10 +39,10 @@ def test_run_folder_is_where_options_lie_beside_the_network(tmp_path):
     assert run_folder("init:debug") is run_folder("https://example.org/net.pkl") is run_folder("demo") is None
 
 
-def test_data_of_a_run_are_all_of_its_images_unflipped(tmp_path, data):
+def test_data_of_a_run_are_all_of_its_images_once_and_unflipped(tmp_path, data):
     limited = dataclasses.replace(data, mirror=True, max_images=2, max_yaw_deg=90.0, back_repeat=2)
     found = data_of_network(write_options(tmp_path / "run", limited))
-    expected = dataclasses.replace(limited, mirror=False, max_images=None, parsing=(), parsing_classes=0)
+    expected = dataclasses.replace(limited, mirror=False, back_repeat=1, max_images=None, parsing=(), parsing_classes=0)
     assert found == expected
 
 
@@ -54,7 +54,7 @@ def test_data_of_a_published_run_and_of_its_snapshot_are_the_same(tmp_path, data
     found = data_of_network(str(tmp_path / "net.pkl"))
     assert found == data_of_network(str(tmp_path / "run" / "net.pkl"))
     assert (found.images, found.masks, found.resolution) == (data.images, data.masks, 8)
-    assert (found.max_yaw_deg, found.back_repeat, found.published_angles) == (90.0, 2, True)
+    assert (found.max_yaw_deg, found.back_repeat, found.published_angles) == (90.0, 1, True)
     assert not found.mirror and found.max_images is None
 
 
