@@ -204,7 +204,11 @@ def _curve_tables(curves: Mapping[str, Curve]) -> list[str]:
 
 def _notes(results: Sequence[MetricResult]) -> list[str]:
     """Return what is not in the numbers, as lines in one block; an empty list where there is nothing."""
-    reasons = dict.fromkeys(f"{result.metric}: not applicable: {result.reason}" for result in results if result.reason)
+    reasons = dict.fromkeys(
+        f"{result.metric}: not applicable: {result.reason.removeprefix(f'{result.metric}: ')}"
+        for result in results
+        if result.reason
+    )
     detectors = [detector for result in results for detector in result.detectors]
     named = dict.fromkeys(f"detector {detector['name']}; resize: {detector['resize']}" for detector in detectors)
     lines = [*reasons, *named]

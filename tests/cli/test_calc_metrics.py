@@ -7,11 +7,14 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import calc_metrics
@@ -20,7 +23,7 @@ from metrics.evaluation import Evaluation, EvaluationSettings
 from metrics.metric_main import PRESETS, MetricResult
 from metrics.registry import Curve, Metric, MetricValues
 from metrics.results import read_records
-from tests.cli.running import fail, invoke, succeed
+from tests.cli.running import fail, invoke, start, succeed
 from tests.helpers.head_data import HeadFiles
 from tests.helpers.tiny import tiny_network
 from training.config import SuperresolutionConfig
@@ -306,3 +309,72 @@ def test_compare_labels_tell_networks_apart(networks, labels):
 
 def test_compare_same_label_twice_is_refused():
     assert "before=a.pkl after=b.pkl" in fail(SCRIPT, "compare", "a=x.pkl", "a=y.pkl")
+
+
+# Processes, with nothing faked ----------------------------------------------------------------------------------------
+
+
+class Quadrants(torch.nn.Module):
+    """Mean colours of the quarters of pictures: a detector that is quick."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Path:
+    """Return a TorchScript file."""
+    path = tmp_path_factory.mktemp("detector") / "quadrants.pt"
+    torch.jit.trace(Quadrants(), torch.zeros(1, 3, SIDE, SIDE)).save(str(path))
+    return path
+
+
+def real_command(network: Path, detector: Path, cache: Path, *more) -> list:
+    metrics = ["--metrics", "fd10_full,fd_random10_full,kd6_full", "--detector", detector, "--cache-dir", cache]
+    return ["--network", network, *metrics, "--device", "cpu", "--verbose", "false", "--workers", 0, *more]
+
+
+def finish(process) -> tuple[str, str]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def test_two_processes_and_one_find_the_same_and_the_cache_changes_nothing(network, detector, tmp_path):
+    alone, again = tmp_path / "alone", tmp_path / "again"
+    for outdir in (alone, again):
+        succeed(SCRIPT, *real_command(network, detector, tmp_path / "kept", "--outdir", outdir))
+    command = real_command(network, detector, tmp_path / "other", "--gpus", 2)
+    out, _ = finish(start([SCRIPT, *command]))
+    assert out.count("fd_random10_full") == 1  # one of the processes prints
+    for metric in ("fd10_full", "fd_random10_full", "kd6_full"):
+        ((first,), (second,), (shared,)) = (lines(folder, metric) for folder in (alone, again, network.parent))
+        assert first["results"][metric] > 0 or metric == "kd6_full"
+        assert first["results"] == second["results"]  # real statistics from the cache
+        # Sums over two processes are added in another order.
+        assert shared["results"] == pytest.approx(first["results"], rel=1e-6, abs=1e-9)
+        assert (first["num_gpus"], shared["num_gpus"]) == (1, 2)
+        assert first["detectors"][0]["resize"]
+
+
+def test_nan_in_a_network_is_one_line(weights, data, detector, tmp_path):
+    small = SuperresolutionConfig(variant="Superresolution2XSmall")
+    generator = tiny_network(img_resolution=SIDE, superresolution=small)
+    with torch.no_grad():
+        next(generator.superresolution.parameters()).fill_(float("nan"))
+    save_networks(tmp_path / "nan.safetensors", {"G_ema": generator}, {})
+    command = real_command(tmp_path / "nan.safetensors", detector, tmp_path / "cache", "--data", data.images[0])
+    assert "network: expected finite pixel values, came NaN" in fail(SCRIPT, *command)
+
+
+def test_interrupted_command_ends_with_one_line(network, detector, tmp_path):
+    more = ["--metrics", "fd100k_full"]  # hours
+    process = start([SCRIPT, *real_command(network, detector, tmp_path / "cache", *more)])
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache").glob("statistics/*.safetensors")):  # of real images; then it renders
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1] == "Error: interrupted" and "Traceback" not in err

@@ -46,7 +46,7 @@ def with_curve(name: str = "fd_yaw8_full", y=(1.0, None)) -> MetricResult:
 
 
 def not_applicable() -> MetricResult:
-    return result("background_swap8", values=None, reason="the network has no background network", detectors=())
+    return result("background_swap8", values=None, reason="background_swap8: the network has no background network", detectors=())
 
 
 def context(network: str = "net.pkl", **fields) -> ResultContext:
@@ -76,7 +76,7 @@ def test_record_settings_are_those_that_numbers_depend_on():
 def test_record_of_a_metric_that_is_not_applicable_says_why():
     record = result_record(not_applicable(), context())
     assert record["results"] == {} and record["curve"] is None
-    assert record["not_applicable"] == "the network has no background network"
+    assert record["not_applicable"] == "background_swap8: the network has no background network"
 
 
 @pytest.mark.parametrize(
