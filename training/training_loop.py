@@ -162,8 +162,7 @@ class Trainer:
         if not config.has_encoder(nimg):
             return None
         self.view_pairs = ViewPairs(self.dataset, config.warmup.other_view_share, config.loop.seed)
-        end = f"to {config.warmup_end_nimg / 1000:g} kimg"
-        self.log.line(f"warm-up {end}: {self.view_pairs.describe()}")
+        self.log.line(f"warm-up to {config.warmup_end_nimg / 1000:g} kimg: {self.view_pairs.describe()}")
         rng.seed_all(config.loop.seed, _INIT_STREAM, 1)
         reconstruction = Reconstruction(self.G, config, self.dataset.has_masks)
         distributed.broadcast_module(reconstruction.encoder)
@@ -266,7 +265,8 @@ class Trainer:
         for record in records:
             self.log.line(describe_skip(record, self.dataset.name))
         self.progress.skipped_steps = self.skipped.total
-        self.skipped.require_progress(lambda: diagnose({"G": self.G, "D": self.D}))
+        encoder = {} if self.reconstruction is None else {"encoder": self.reconstruction.encoder}
+        self.skipped.require_progress(lambda: diagnose({"G": self.G, "D": self.D, **encoder}))
 
     # ---- the run ----
 

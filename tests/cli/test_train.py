@@ -148,6 +148,16 @@ def test_train_bf16_is_the_half_precision_of_all_networks(data, tmp_path):
     assert {part["half_precision"] for part in parts} == {"bfloat16"}
 
 
+def test_train_warmup_options_set_their_fields(data, tmp_path):
+    off = plan(*command(data, tmp_path))["config"]["warmup"]
+    assert (off["kimg"], off["after_interval"]) == (0, None)
+    options = {"kimg": 3, "other-views": 0.75, "kl": 0.001, "glr": 0.004, "after-interval": 8}
+    given = [text for name, value in options.items() for text in (f"--warmup-{name}", value)]
+    on = plan(*command(data, tmp_path, *given))["config"]["warmup"]
+    fields = ("kimg", "other_view_share", "kl_weight", "generator_lr", "after_interval")
+    assert [on[name] for name in fields] == list(options.values())
+
+
 def test_train_resume_from_changes_schedules_as_published(data, tmp_path):
     config = plan(*command(data, tmp_path, "--resume", "net.pkl", "--resume-kimg", 1000))["config"]
     assert config["resume_from"] == "net.pkl"
@@ -170,6 +180,7 @@ def test_train_resume_from_changes_schedules_as_published(data, tmp_path):
         (["--min-yaw", 179.9], r"at least one of 12 images within yaw 179.9 to 180"),
         (["--device", "cuda:7"], r"device: expected"),
         (["--resolution", 64], r"--resolution: expected none without --data synth, got 64"),
+        (["--warmup-after-interval", 4], r"warmup.kimg: expected above 0 with warmup.after_interval, got 0.0"),
         (["--resume-blur"], r"--resume-blur: expected a network to start from"),
         (["--data", "synth"], r"--data synth: expected no other data"),
         (["--resume-from", __file__], r"test_train.py"),
