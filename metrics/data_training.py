@@ -28,7 +28,7 @@ MIN_IMAGES = 64
 MAX_SIZE, MIN_SIZE = 64, 32
 _VERSION = 1  # goes up when the same data would give other networks
 _KIND = "spherehead-trained-detector"
-_NUM_STRETCHES = 64
+_MAX_STRETCHES = 64
 _HELD_OUT = 8  # one in so many
 _READ_TOGETHER = 16  # images
 _EVALUATED_TOGETHER = 128  # images
@@ -133,7 +133,8 @@ def trained_network(task: Task, context: DetectorContext) -> TrainedNetwork:
         with distributed.long_task(f"training {name}"):
             state = _load_or_train(task, context, items, size)
     weights, header = distributed.broadcast_object(state)
-    network = task.build(size)
+    with torch.random.fork_rng(devices=[]):  # initial weights draw from it, only to be replaced
+        network = task.build(size)
     network.load_state_dict(weights)
     network.to(context.device).eval().requires_grad_(False)
     digest = hashlib.sha256(f"{task.name} {_VERSION} {size}".encode())
@@ -197,7 +198,8 @@ def split(dataset: HeadDataset, items: Sequence[int]) -> tuple[np.ndarray, np.nd
     """Split items of a data set into those to train on and those that are held out, see `trained_network`."""
     identities = dataset.identities
     if identities is None:
-        groups = np.arange(len(items)) * min(_NUM_STRETCHES, len(items)) // len(items)
+        stretches = min(_MAX_STRETCHES, max(1, len(items) // _MAX_STRETCHES) * _HELD_OUT)
+        groups = np.arange(len(items)) * stretches // len(items)
     else:
         groups = np.unique(np.asarray(identities)[list(items)], return_inverse=True)[1].reshape(-1)
     if groups.max() < _HELD_OUT - 1:  # a few identities: then each has some images in both parts

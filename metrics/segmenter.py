@@ -91,7 +91,7 @@ class MaskTask:
     name = "mask"
 
     def __init__(self, plan: TrainingPlan | None = None) -> None:
-        self.plan = plan or TrainingPlan(max_images=4096, min_seen=3_000, max_seen=12_000)
+        self.plan = plan or TrainingPlan(max_images=4096, min_seen=3_000, max_seen=8_000)
 
     def build(self, size: int) -> MaskNetwork:
         """Return a network with random weights."""

@@ -178,7 +178,7 @@ class FileNetwork:
                 return self._network(self._source.preparation(images), **dict.fromkeys(flags, True))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             arguments = "".join(f", {flag}=True" for flag in flags)
             raise ValueError(
                 f"{self._kind} {self._shown}: expected a network that takes (images{arguments}), got an error: "
