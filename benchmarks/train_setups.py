@@ -81,17 +81,17 @@ class Variant:
         return cls(renderer=renderer, **fields)
 
 
-def write_data(folder: Path, side: int, seed: int = 0) -> DataConfig:
+def write_data(folder: Path, side: int, seed: int = 0, num_images: int = NUM_IMAGES) -> DataConfig:
     """Write zip files of random images and masks, with cameras all around; return the configuration of them."""
     random = np.random.RandomState(seed)
-    names = [f"{number:05d}.png" for number in range(NUM_IMAGES)]
+    names = [f"{number:05d}.png" for number in range(num_images)]
     for file, channels in ((_IMAGES, 3), (_MASKS, 1)):
         with zipfile.ZipFile(folder / file, "w") as archive:
             for name in names:
                 coarse = random.randint(0, 256, (_COARSE_SIDE, _COARSE_SIDE, channels), dtype=np.uint8)
                 archive.writestr(name, _png(coarse, side))
             if file == _IMAGES:
-                table = _labels(random.uniform(-math.pi, math.pi, NUM_IMAGES)).tolist()
+                table = _labels(random.uniform(-math.pi, math.pi, num_images)).tolist()
                 archive.writestr("dataset.json", json.dumps({"labels": [list(row) for row in zip(names, table)]}))
     return DataConfig(images=(str(folder / _IMAGES),), masks=(str(folder / _MASKS),), resolution=side)
 
