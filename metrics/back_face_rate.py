@@ -31,6 +31,7 @@ class BackFaceRate:
     The cameras are those of real images with an absolute yaw of 120 to 180 degrees. A picture counts if the detector
     `view`, a network trained on the real images of the data set, sees it from within 60 degrees of the front. This is
     the mirroring artefact that SphereHead exists to remove: a generator that is asked for the back and shows the front.
+    Pictures that are no heads at all are seen from anywhere; view accuracy tells those from heads that are mirrored.
 
     Values: the share with matched cameras, 0 to 1; `random`, that of heads conditioned on an independent camera, where
     a generator cannot know that it will be looked at from behind; `real`, the detector's own mistakes on as many real

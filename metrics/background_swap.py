@@ -33,6 +33,9 @@ class BackgroundSwap:
     both pictures, and `mean (mask - mask')^2` over all pixels is the number. Where the volume is as solid as the head
     it shows, the masks agree; where hair or clothes are painted onto the background, they change with it.
 
+    How far the segmentation itself is led astray by backgrounds is part of the number: exactly traced synthetic heads
+    of 64 pixels, which cannot change, get 0.003 with a network trained on their masks.
+
     Values: the number; `mask_share`, the mean of the masks: a segmentation that finds nothing cannot see a difference.
 
     Differs from the published code: latents depend on the seed; layer noise is constant and ray jitter the same for
@@ -51,10 +54,12 @@ class BackgroundSwap:
         """Render the pairs and compare their masks; collective.
 
         Raises:
-            NotApplicable: the network has no background of its own.
+            NotApplicable: the network has no background of its own, or there is nothing to find heads with.
         """
         if not evaluation.generator.config.background:
             raise NotApplicable(f"{self.name}: the network has no background network")
+        if evaluation.settings.segmenter is None and not evaluation.dataset.has_masks:
+            raise NotApplicable(f"{self.name}: the data have no masks to learn from, and no segmenter is given")
         segmenter = load_segmenter(evaluation.settings.segmenter, evaluation.detector_context)
         indices, rows = [np.empty(0, np.int64)], [np.empty((0, 2), np.float32)]
         for batch in evaluation.batches(self.num_images, "swapping backgrounds"):

@@ -39,10 +39,12 @@ mean of near and far, and a pixel is a long piece of surface."""
 BEHIND = 0.03
 """A point is hidden in the other view if that view's surface is nearer by more, in sides of the box."""
 MAX_PSNR_DB = 100.0
+WINDOW_SIZE = 11
+"""Of SSIM, in pixels; this and its other constants are those of `training.image_metrics`."""
 
 _PEAK = 2.0  # of values in [-1, 1]
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-_WINDOW_SIZE, _WINDOW_SIGMA = 11, 1.5  # of SSIM, as in `training.image_metrics`
+_WINDOW_SIGMA = 1.5
 _C1, _C2 = (0.01 * _PEAK) ** 2, (0.03 * _PEAK) ** 2
 
 
@@ -106,8 +108,11 @@ class MultiViewConsistency:
         """Render the pairs and compare them; collective.
 
         Raises:
-            NotApplicable: no pair shows a surface that could be compared.
+            NotApplicable: no pair shows a surface that could be compared, or depth has less than 11 pixels a side.
         """
+        side = evaluation.generator.neural_rendering_resolution
+        if side < WINDOW_SIZE:
+            raise NotApplicable(f"{self.name}: the volume is rendered with {side} pixels, too few for SSIM")
         indices, rows = [], []
         for heads in evaluation.batches(self.num_images, "pairs of views"):
             rows.append(compare_heads(evaluation, heads, self.num_images))  # [B, pairs * 5]
@@ -282,15 +287,16 @@ def warp(view: View, other: View, box: float = 1.0) -> Overlap:
         box: side of the box in world units.
     """
     size = view.depth.shape[-1]
-    cam2world, intrinsics = split_label(view.labels)
+    # In float64: with TF32, which GPUs may be allowed to use, products of matrices would be pixels off.
+    cam2world, intrinsics = split_label(view.labels.double())
     origins, directions = sample_rays(cam2world, intrinsics, size)  # [B, R^2, 3]
-    points = origins + directions * view.depth.flatten(2).transpose(1, 2)
-    place, distance, in_front = project(points, other.labels)  # [B, R^2, 2], [B, R^2] twice
+    points = origins + directions * view.depth.double().flatten(2).transpose(1, 2)
+    place, distance, in_front = project(points, other.labels.double())  # [B, R^2, 2], [B, R^2] twice
     grid = (place * 2 - 1).unflatten(1, (size, size))  # [B, R, R, 2]; borders of the picture at -1 and 1
     inside = ((grid.abs() < 1).all(-1) & in_front.unflatten(1, (size, size)))[:, None]  # [B, 1, R, R]
     surface, other_surface = surface_of(view), surface_of(other)
     found = _sample(torch.cat([other.depth, other_surface.to(other.depth.dtype)], dim=1), grid)
-    difference = found[:, :1] - distance.reshape(-1, 1, size, size)
+    difference = found[:, :1] - distance.reshape(-1, 1, size, size).to(found.dtype)
     seen = surface & inside & (found[:, 1:] > 1 - 1e-3) & (difference > -BEHIND * box)
     # The picture may have more pixels than the depth: it is sampled at its own resolution and then averaged, so that
     # it loses as little as the other one.
@@ -362,7 +368,7 @@ def masked_ssim(image: torch.Tensor, target: torch.Tensor, weight: torch.Tensor)
         ValueError: the pictures have less than 11 pixels a side.
     """
     side = min(image.shape[2:])
-    require(side >= _WINDOW_SIZE, "image", f"at least {_WINDOW_SIZE} pixels high and wide for SSIM", side)
+    require(side >= WINDOW_SIZE, "image", f"at least {WINDOW_SIZE} pixels high and wide for SSIM", side)
     x, y, m = (t.double() for t in (image, target, weight))
     total = _window_mean(m)
     safe = torch.where(total > 0, total, 1)
@@ -375,7 +381,7 @@ def masked_ssim(image: torch.Tensor, target: torch.Tensor, weight: torch.Tensor)
     cov = mean(x * y) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
     similarity = (luminance * (2 * cov + _C2) / (var_x + var_y + _C2)).mean(1, keepdim=True)
-    border = _WINDOW_SIZE // 2
+    border = WINDOW_SIZE // 2
     inner = m[..., border:-border, border:-border]
     count = inner.sum((1, 2, 3))
     return ((similarity * inner).sum((1, 2, 3)) / torch.where(count > 0, count, 1)).to(image.dtype)
@@ -383,7 +389,7 @@ def masked_ssim(image: torch.Tensor, target: torch.Tensor, weight: torch.Tensor)
 
 def _window_mean(x: torch.Tensor) -> torch.Tensor:
     """Return Gaussian means `[B, C, H - 10, W - 10]`."""
-    offsets = torch.arange(_WINDOW_SIZE, dtype=x.dtype, device=x.device) - _WINDOW_SIZE // 2
+    offsets = torch.arange(WINDOW_SIZE, dtype=x.dtype, device=x.device) - WINDOW_SIZE // 2
     taps = torch.exp(-(offsets**2) / (2 * _WINDOW_SIGMA**2))
     taps = taps / taps.sum()
     planes = x.flatten(0, 1)[:, None]  # [B * C, 1, H, W]

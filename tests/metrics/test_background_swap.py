@@ -91,6 +91,13 @@ def test_compute_without_background_network_is_not_applicable(tmp_path):
         computed(tmp_path, generator)
 
 
+def test_compute_without_masks_takes_a_given_segmenter_or_is_not_applicable(tmp_path):
+    data = {"masks": (), "parsing": (), "parsing_classes": 0}
+    with pytest.raises(NotApplicable, match="background_swap2: the data have no masks"):
+        computed(tmp_path / "none", Painter(), num=2, data=data)
+    assert computed(tmp_path / "given", Painter(), num=2, data=data, segmenter="red.pt").values["mask_share"] == 0.5
+
+
 def test_swap_backgrounds_of_a_network_changes_the_picture_but_not_its_opacity(tmp_path):
     network = tiny_network("dual_spherical", img_resolution=128)
     evaluation = tiny_evaluation(tmp_path, network, count=4, side=128)

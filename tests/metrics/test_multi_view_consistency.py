@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from camera_utils import camera_label, look_at_pose, yaw_pitch_roll_deg
+from metrics import multi_view_consistency
 from metrics.multi_view_consistency import (
     MAX_PSNR_DB,
     PAIRS_PER_HEAD,
@@ -258,19 +259,26 @@ def test_compute_of_an_empty_volume_is_not_applicable(tmp_path):
         computed(tmp_path, SphereGenerator(opacity=0.5))
 
 
-def test_compare_heads_of_a_ray_traced_head_finds_it_consistent_unless_its_depth_is_wrong(tmp_path):
-    mse = []
-    for error in (0.0, 0.15):
-        generator = RayTracedGenerator(32, num_heads=1, depth_error=error)
-        evaluation = tiny_evaluation(tmp_path / str(error), generator, side=32)
-        rows = compare_heads(evaluation, np.arange(1), 1).reshape(PAIRS_PER_HEAD, 5)
-        mse.append(rows[:, 2].mean())
-    assert psnr_db(mse[0]) > 30 and psnr_db(mse[1]) < psnr_db(mse[0]) - 5
+def test_compute_with_too_few_pixels_of_depth_is_not_applicable(tmp_path):
+    with pytest.raises(NotApplicable, match="rendered with 8 pixels, too few for SSIM"):
+        computed(tmp_path, SphereGenerator(8))
 
 
-def test_compare_heads_of_a_network_repeats_itself(tmp_path):
+def test_compare_of_a_ray_traced_head_finds_it_consistent_unless_its_depth_is_wrong():
+    generator, views = RayTracedGenerator(32), []
+    for label in (labels_at([55], 10), labels_at([65], 10)):
+        out = generator(torch.ones(1, 8), label)
+        views.append(View(label, out["image"], out["image_depth"], out["image_mask"]))
+    exact = compare(*views)[0]
+    wrong = compare(*(view._replace(depth=view.depth + 0.15) for view in views))[0]
+    assert psnr_db(exact[1]) > 30 and psnr_db(wrong[1]) < psnr_db(exact[1]) - 5
+    assert exact[2] > wrong[2] + 0.1
+
+
+def test_compare_heads_of_a_network_repeats_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(multi_view_consistency, "PAIRS_PER_HEAD", 1)
     network = tiny_network("dual_spherical", img_resolution=128, neural_rendering_resolution=16)
     evaluation = tiny_evaluation(tmp_path, network, count=4, side=128)
     first, second = (compare_heads(evaluation, np.arange(2), 2) for _ in range(2))
-    assert first.shape == (2, PAIRS_PER_HEAD * 5) and np.isfinite(first).all()
+    assert first.shape == (2, 5) and np.isfinite(first).all()
     np.testing.assert_array_equal(first, second)
