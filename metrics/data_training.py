@@ -5,32 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from dnnlib.workers import map_ordered
 from metrics.detector_interface import DetectorContext
 from metrics.stats_cache import data_key
+from metrics.training_examples import Examples, limit, read_examples, split, to_float, unique_items
 from torch_utils import distributed
 from torch_utils.rng import derive_seed
 from torch_utils.tensor_file import read_tensor_file, write_tensor_file
 from training.config import require
-from training.dataset import HeadDataset
 
 MIN_IMAGES = 64
 MAX_SIZE, MIN_SIZE = 64, 32
 _VERSION = 1  # goes up when the same data would give other networks
 _KIND = "spherehead-trained-detector"
-_MAX_STRETCHES = 64
-_HELD_OUT = 8  # one in so many
-_READ_TOGETHER = 16  # images
 _EVALUATED_TOGETHER = 128  # images
 _WARM_UP = 0.1  # share of the steps
 
@@ -40,7 +34,9 @@ class TrainingPlan:
     """How long and how fast a network is trained."""
 
     max_images: int = 8192
-    """At most so many images are read: decoding large ones would take longer than the training."""
+    """At most so many images are read,"""
+    max_pixels: int = 1 << 30
+    """with so many pixels altogether: decoding large ones would take longer than the training."""
     epochs: float = 25
     min_seen: int = 5_000
     """Images that training sees at least, counted as often as it sees them,"""
@@ -50,30 +46,14 @@ class TrainingPlan:
     learning_rate: float = 5e-3
     weight_decay: float = 1e-2
 
+    def most_images(self, resolution: int) -> int:
+        """Return how many images of a size in pixels may be read."""
+        return max(MIN_IMAGES, min(self.max_images, self.max_pixels // resolution**2))
+
     def num_steps(self, num_images: int) -> int:
         """Return the number of batches for a number of images."""
         seen = min(max(self.epochs * num_images, self.min_seen), self.max_seen)
         return max(1, round(seen / self.batch_size))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Examples:
-    """Images and what is to be learnt from them."""
-
-    images: torch.Tensor
-    """uint8 [N, 3, S, S]."""
-    directions: torch.Tensor
-    """float32 [N, 3]: from where the camera looks, see `view_directions`."""
-    masks: torch.Tensor | None = None
-    """uint8 [N, 1, S, S], where the data set has masks."""
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def rows(self, rows: torch.Tensor | slice) -> Examples:
-        """Return some of them."""
-        masks = None if self.masks is None else self.masks[rows]
-        return Examples(images=self.images[rows], directions=self.directions[rows], masks=masks)
 
 
 class Task(Protocol):
@@ -81,6 +61,8 @@ class Task(Protocol):
 
     name: str
     """Of files and progress bars."""
+    needs_masks: bool
+    """Whether masks are read."""
     plan: TrainingPlan
 
     def build(self, size: int) -> torch.nn.Module:
@@ -117,14 +99,13 @@ def trained_network(task: Task, context: DetectorContext) -> TrainedNetwork:
     Rank 0 trains it, on its CPU so that machines with and without a GPU get the same network up to rounding, or takes
     it from the cache, where it is kept under a hash of data, task, plan and seed.
 
-    Of the images, one in eight is held out: by identity, if the data set names identities; otherwise in stretches of
-    files in their order, since neighbours are often pictures of the same person. Flipped and repeated items count once;
-    flips are an augmentation here.
+    One image in eight is held out, see `metrics.training_examples.split`. Flipped and repeated items count once; flips
+    are an augmentation here.
 
     Raises:
         ValueError: fewer than 64 images, or one that cannot be read.
     """
-    items = _unique_items(context.dataset)
+    items = unique_items(context.dataset)
     name = f"detector {task.name}"
     require(len(items) >= MIN_IMAGES, f"{name}, data", f"at least {MIN_IMAGES} images to train on", len(items))
     size = MAX_SIZE if context.dataset.resolution >= MAX_SIZE else MIN_SIZE
@@ -145,70 +126,6 @@ def trained_network(task: Task, context: DetectorContext) -> TrainedNetwork:
     )
 
 
-def view_directions(labels: np.ndarray) -> torch.Tensor:
-    """Return from where cameras look at the head: unit vectors float32 [N, 3] in world axes, +z in front of the face.
-
-    It is minus the viewing direction of labels [N, 25], from which `camera_utils.yaw_pitch_roll_deg` takes its angles;
-    for a camera that looks at the origin, it is the direction of its position.
-    """
-    back = torch.from_numpy(-np.asarray(labels, np.float64)[:, [2, 6, 10]])
-    return functional.normalize(back, dim=1).float()
-
-
-def shrink(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Average images down to a size, or enlarge them bilinearly; rounded to whole numbers, as the training sees them.
-
-    Args:
-        images: uint8 [B, C, H, W].
-        size: side in pixels.
-
-    Returns:
-        uint8 [B, C, size, size].
-    """
-    if images.shape[2:] == (size, size):
-        return images
-    if min(images.shape[2:]) >= size:
-        resized = functional.adaptive_avg_pool2d(images.float(), size)
-    else:
-        resized = functional.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False)
-    return resized.round().to(torch.uint8)
-
-
-def resize_name(size: int) -> str:
-    """Return what `shrink` is called in results."""
-    return f"area average, to {size}"
-
-
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """Return bytes as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def _unique_items(dataset: HeadDataset) -> list[int]:
-    """Return one index of the data set for every image that is in it, in the order of the files."""
-    first: dict[int, int] = {}
-    for index in range(len(dataset)):
-        item, mirrored = dataset.locate(index)
-        if not mirrored:
-            first.setdefault(item, index)
-    return [first[item] for item in sorted(first)]
-
-
-def split(dataset: HeadDataset, items: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Split items of a data set into those to train on and those that are held out, see `trained_network`."""
-    identities = dataset.identities
-    if identities is None:
-        stretches = min(_MAX_STRETCHES, max(1, len(items) // _MAX_STRETCHES) * _HELD_OUT)
-        groups = np.arange(len(items)) * stretches // len(items)
-    else:
-        groups = np.unique(np.asarray(identities)[list(items)], return_inverse=True)[1].reshape(-1)
-    if groups.max() < _HELD_OUT - 1:  # a few identities: then each has some images in both parts
-        groups = np.arange(len(items))
-    held_out = groups % _HELD_OUT == _HELD_OUT // 2
-    items = np.asarray(items)
-    return items[~held_out], items[held_out]
-
-
 def _load_or_train(
     task: Task, context: DetectorContext, items: list[int], size: int
 ) -> tuple[dict[str, torch.Tensor], dict]:
@@ -220,10 +137,8 @@ def _load_or_train(
                 return read_tensor_file(file, _KIND)
         except (ValueError, OSError):
             pass  # damaged: trained again, and written over
-    training, held_out = (
-        _read(context, part, size, f"{task.name}: reading")
-        for part in _limited(task.plan, split(context.dataset, items))
-    )
+    parts = limit(split(context.dataset, items), task.plan.most_images(context.dataset.resolution))
+    training, held_out = (read_examples(context, part, size, task.needs_masks) for part in parts)
     network = train(task, training, size, context)
     held = {"num_images": float(len(held_out)), **task.evaluate(network.eval(), held_out)}
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
@@ -240,31 +155,6 @@ def _cache_path(task: Task, context: DetectorContext, size: int) -> Path | None:
     parts = [_VERSION, task.name, asdict(task.plan), context.seed, size, data_key(context.dataset)]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return Path(context.cache_dir) / "detectors" / f"{task.name}-{key[:32]}.safetensors"
-
-
-def _limited(plan: TrainingPlan, parts: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """Return the two parts, spread evenly over the files where there are more images than the plan reads."""
-    total = sum(map(len, parts))
-    if total <= plan.max_images:
-        return list(parts)
-    counts = [max(1, len(part) * plan.max_images // total) for part in parts]
-    return [part[np.linspace(0, len(part) - 1, count).astype(int)] for part, count in zip(parts, counts)]
-
-
-def _read(context: DetectorContext, indices: np.ndarray, size: int, description: str) -> Examples:
-    """Read items of the data set and shrink them."""
-    dataset = context.dataset
-    groups = [indices[start : start + _READ_TOGETHER] for start in range(0, len(indices), _READ_TOGETHER)]
-    tasks = ([dataset.locate(int(index)) for index in group] for group in groups)
-    layers = []
-    with tqdm(total=len(indices), desc=description, unit="img", disable=not context.progress, leave=False) as bar:
-        for pixels in map_ordered(dataset.reader, tasks, context.workers):
-            layers.append(shrink(torch.from_numpy(pixels), size))
-            bar.update(len(pixels))
-            distributed.note_progress()
-    pixels = torch.cat(layers)
-    masks = pixels[:, 3:4].clone() if dataset.has_masks else None
-    return Examples(images=pixels[:, :3].clone(), directions=view_directions(dataset.labels[indices]), masks=masks)
 
 
 def train(task: Task, examples: Examples, size: int, context: DetectorContext) -> torch.nn.Module:

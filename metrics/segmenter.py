@@ -7,19 +7,10 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from metrics.data_training import (
-    Examples,
-    TrainedNetwork,
-    TrainingPlan,
-    apply_in_batches,
-    conv_block,
-    resize_name,
-    shrink,
-    to_float,
-    trained_network,
-)
+from metrics.data_training import TrainedNetwork, TrainingPlan, apply_in_batches, conv_block, trained_network
 from metrics.detector_interface import DetectorContext, DetectorInfo, detection
 from metrics.torchscript_detectors import FileNetwork, parse_source
+from metrics.training_examples import Examples, resize_name, shrink, to_float
 from training.config import require
 
 _PERSON = 15  # of the classes of PASCAL VOC, background being 0
@@ -89,6 +80,7 @@ class MaskTask:
     """Learn masks by cross-entropy."""
 
     name = "mask"
+    needs_masks = True
 
     def __init__(self, plan: TrainingPlan | None = None) -> None:
         self.plan = plan or TrainingPlan(max_images=4096, min_seen=3_000, max_seen=8_000)

@@ -7,20 +7,10 @@ import math
 import torch
 from torch.nn import functional
 
-from metrics.data_training import (
-    Examples,
-    TrainedNetwork,
-    TrainingPlan,
-    apply_in_batches,
-    conv_block,
-    resize_name,
-    shrink,
-    to_float,
-    trained_network,
-    view_directions,
-)
+from metrics.data_training import TrainedNetwork, TrainingPlan, apply_in_batches, conv_block, trained_network
 from metrics.detector_interface import DetectorContext, DetectorInfo, check_request, detection
 from metrics.requests import Output
+from metrics.training_examples import Examples, resize_name, shrink, to_float, view_directions
 from training.config import require
 
 _MIN_SPREAD_DEG = 5.0
@@ -66,6 +56,7 @@ class ViewTask:
     """Learn directions by their squared error: its best answer where two are possible is one of length below 1."""
 
     name = "view"
+    needs_masks = False
 
     def __init__(self, plan: TrainingPlan | None = None) -> None:
         self.plan = plan or TrainingPlan()

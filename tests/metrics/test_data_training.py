@@ -1,27 +1,16 @@
-"""Training on the data at hand: what is held out, how examples are drawn and disturbed, and what is kept."""
+"""Training on the data at hand: how examples are drawn and disturbed, how long it takes, and what is kept."""
 
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 from metrics import data_training
-from metrics.data_training import (
-    Examples,
-    TrainingPlan,
-    balanced_order,
-    disturb,
-    shrink,
-    split,
-    trained_network,
-    view_directions,
-)
+from metrics.data_training import TrainingPlan, balanced_order, disturb, trained_network
+from metrics.training_examples import Examples
 from metrics.view_regressor import ViewTask
-from tests.helpers.head_data import head_labels
 from tests.helpers.ranks import Launch
 from tests.helpers.toy_views import QUICK, toy_context, toy_dataset
-from training.head_labels import view_angles_deg
 
 TWO_STEPS = TrainingPlan(min_seen=1, max_seen=64)
 
@@ -29,61 +18,6 @@ TWO_STEPS = TrainingPlan(min_seen=1, max_seen=64)
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return toy_dataset(tmp_path_factory.mktemp("data"))
-
-
-def test_view_directions_are_those_of_yaw_and_pitch():
-    labels = head_labels([0.0, 90.0, -135.0], pitch_deg=20.0)
-    x, y, z = view_directions(labels).T.numpy()
-    angles = np.stack([np.rad2deg(np.arctan2(x, z)), np.rad2deg(np.arcsin(y))], 1)
-    np.testing.assert_allclose(angles, view_angles_deg(labels)[:, :2], atol=1e-4)  # float32 degrees
-    np.testing.assert_allclose(angles[:, 0], [0, 90, -135], atol=1e-4)
-
-
-def test_shrink_averages_and_enlarges():
-    images = torch.arange(2 * 3 * 64 * 64, dtype=torch.int64).remainder(251).to(torch.uint8).view(2, 3, 64, 64)
-    expected = images.double().view(2, 3, 32, 2, 32, 2).mean((3, 5)).round()
-    assert (shrink(images, 32).double() - expected).abs().max() <= 1  # halves are rounded either way
-    assert shrink(images, 64) is images
-    assert shrink(images[..., :20, :20], 32).shape == (2, 3, 32, 32)
-    assert shrink(torch.full((1, 3, 20, 20), 7, dtype=torch.uint8), 32).unique().tolist() == [7]
-
-
-def test_split_without_identities_holds_out_stretches_of_files(dataset):
-    items = list(range(len(dataset)))
-    training, held_out = split(dataset, items)
-    assert sorted([*training, *held_out]) == items
-    assert len(items) / 10 < len(held_out) < len(items) / 6
-
-    class Many:
-        identities = None
-
-    _, held_out = split(Many(), list(range(6400)))
-    assert (np.diff(held_out) == 1).sum() == len(held_out) - 8  # eight stretches
-    assert len(held_out) == 800
-
-
-def test_split_never_parts_an_identity():
-    class Known:
-        identities = np.arange(600) % 200  # the images of one are far from each other
-
-    training, held_out = split(Known(), list(range(600)))
-    assert not set(training % 200) & set(held_out % 200)
-    assert len(held_out) == 600 / 8
-
-
-def test_split_of_very_few_identities_holds_images_out():
-    class Twins:
-        identities = np.arange(80) % 2
-
-    assert len(split(Twins(), list(range(80)))[1]) == 10
-
-
-def test_flipped_and_repeated_items_count_once(tmp_path, dataset):
-    larger = toy_dataset(tmp_path, mirror=True, back_repeat=3)
-    assert len(larger) > 2 * len(dataset)
-    items = data_training._unique_items(larger)
-    located = [larger.locate(i) for i in items]
-    assert located == [(i, False) for i in range(len(dataset))]
 
 
 def test_balanced_order_of_equal_weights_has_everything_once():
@@ -143,18 +77,6 @@ def test_cache_saves_training(dataset, tmp_path, monkeypatch):
     assert len(path.read_bytes()) > 100_000  # written over
 
 
-def test_large_data_sets_are_read_in_part(dataset):
-    plan = TrainingPlan(max_images=40, min_seen=1, max_seen=32)
-    trained = trained_network(ViewTask(plan), toy_context(dataset))
-    assert trained.num_images + trained.held_out["num_images"] <= 40
-
-
-def test_workers_read_the_same(dataset):
-    examples = [data_training._read(toy_context(dataset, workers=w), np.arange(20), 32, "") for w in (0, 1)]
-    assert (examples[0].images == examples[1].images).all() and examples[0].masks.shape == (20, 1, 32, 32)
-    assert (examples[0].images[19] == torch.from_numpy(dataset[19]["image"])).all()
-
-
 def test_too_few_images_are_an_error(tmp_path):
     few = toy_dataset(tmp_path, count=63)
     with pytest.raises(ValueError, match="detector view, data: expected at least 64 images to train on, got 63"):
@@ -175,7 +97,7 @@ import sys
 from pathlib import Path
 from metrics import data_training
 from metrics.view_regressor import ViewTask
-from tests.helpers.toy_views import QUICK, toy_context
+from tests.helpers.toy_views import toy_context
 from tests.metrics.test_data_training import TWO_STEPS
 from torch_utils import distributed
 from training.dataset import HeadDataset
@@ -184,17 +106,18 @@ if not distributed.is_main():
     data_training.train = None
 with distributed.session("cpu"):
     data = HeadDataset(DataConfig(images=(sys.argv[1],), masks=(sys.argv[2],), resolution=32))
-    print(data_training.trained_network(ViewTask(TWO_STEPS), toy_context(data)).key)
+    key = data_training.trained_network(ViewTask(TWO_STEPS), toy_context(data)).key
+    Path(sys.argv[3], str(distributed.rank())).write_text(key)
 """
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_network_of_rank_0(dataset):
-    command = [sys.executable, "-c", RANKS, dataset.config.images[0], dataset.config.masks[0]]
+def test_two_ranks_have_the_network_of_rank_0(dataset, tmp_path):
+    command = [sys.executable, "-c", RANKS, dataset.config.images[0], dataset.config.masks[0], str(tmp_path)]
     outcome = Launch(command, environment={"OMP_NUM_THREADS": "1"}).finish(120)
     assert outcome.status == 0, outcome.err
-    keys = outcome.out.split()
-    assert len(keys) == 2 and len(set(keys)) == 1
+    keys = [path.read_text() for path in tmp_path.iterdir()]
+    assert keys == 2 * [trained_network(ViewTask(TWO_STEPS), toy_context(dataset)).key]
 
 
 def test_plan_bounds_the_time():
@@ -203,3 +126,4 @@ def test_plan_bounds_the_time():
     assert plan.num_steps(400) * 32 == pytest.approx(10_000, abs=32)
     assert plan.num_steps(6_000) * 32 == pytest.approx(42_000, abs=32)
     assert QUICK.num_steps(96) == 50
+    assert [plan.most_images(side) for side in (64, 512, 1 << 14)] == [8192, 4096, 64]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from metrics.data_training import Examples, TrainingPlan
+from metrics.data_training import TrainingPlan
 from metrics.segmenter import MaskTask, load_mask_segmenter, load_segmenter
+from metrics.training_examples import Examples
 from tests.helpers.toy_views import ball, toy_context, toy_dataset
 
 QUICK = TrainingPlan(min_seen=1, max_seen=1600, learning_rate=1e-2)

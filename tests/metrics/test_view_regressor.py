@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from metrics.data_training import Examples, to_float, view_directions
 from metrics.detectors import load_detector
+from metrics.training_examples import Examples, to_float, view_directions
 from metrics.view_regressor import ViewNetwork, ViewTask, load_view_detector
 from tests.helpers.head_data import head_labels
 from tests.helpers.toy_views import QUICK, ball, toy_context, toy_dataset
