@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from metrics import registry
 from tests.docs.pages import PythonBlock, page_name, pages, python_blocks
 from training import representations
 
@@ -21,7 +22,7 @@ SNAPSHOT = "golden/spherehead_128.pkl"  # below the folder of reference data
 
 def run_block(block: PythonBlock, page: Path, namespace: dict) -> None:
     """Run a block; tracebacks show the line of the page."""
-    code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+    code = compile("\n" * (block.line - 1) + block.code, str(page), "exec", dont_inherit=True)
     exec(code, namespace)
 
 
@@ -33,8 +34,9 @@ def announced_output(block: PythonBlock) -> list[str]:
 @pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=page_name)
 def test_python_blocks_run_and_print_what_they_announce(page, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
-    # Examples register representations; what they add goes away with the test.
+    # Examples register representations and metrics; what they add goes away with the test.
     monkeypatch.setattr(representations, "_REGISTRY", dict(representations._REGISTRY))
+    monkeypatch.setattr(registry, "_FAMILIES", list(registry._FAMILIES))
     namespace = {"__name__": "documentation"}
     for block in python_blocks(page):
         if block.needs is not None:
