@@ -265,7 +265,7 @@ def test_compute_with_too_few_pixels_of_depth_is_not_applicable(tmp_path):
 
 
 def test_compare_of_a_ray_traced_head_finds_it_consistent_unless_its_depth_is_wrong():
-    generator, views = RayTracedGenerator(32), []
+    generator, views = RayTracedGenerator(64), []
     for label in (labels_at([55], 10), labels_at([65], 10)):
         out = generator(torch.ones(1, 8), label)
         views.append(View(label, out["image"], out["image_depth"], out["image_mask"]))
