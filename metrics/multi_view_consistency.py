@@ -87,10 +87,11 @@ class MultiViewConsistency:
         MSE = mean |A - warp(B)|^2 over colours in [-1, 1],  PSNR = 10 log10(4 / mean MSE),  at most 100 dB
 
     with the mean of MSE over all pairs in both directions. Pictures are compared at the resolution R of the volume
-    rendering, to which `image` is averaged down: depth is known there, and to a small part of a pixel. Only networks
-    of equal R and equal resolution can be compared with each other: the filter of the resampling costs more of the
-    finest detail when R is the resolution itself: exactly traced synthetic heads get 36 dB at 64 pixels. Blurred pictures are easy to keep consistent, so read this beside a
-    Frechet distance.
+    rendering, to which `image` is averaged down: depth is known there, and to a small part of a pixel.
+
+    The filter of the resampling sets a limit, most of all where R is the resolution itself: exactly traced synthetic
+    heads get 36 dB at 64 pixels. Only networks of equal R and equal resolution can be compared with each other. And
+    blurred pictures are easy to keep consistent, so read this beside a Frechet distance.
 
     Values: the PSNR in dB; `ssim`, over windows weighted by the pixels that count; `overlap`, the share of surface that
     could be compared, which is low where the depths of two views contradict each other; `depth_difference`, the mean
