@@ -301,10 +301,16 @@ def _evaluate(request: _Request, columns: dict[str, list[MetricResult]]) -> None
     """Compute all metrics of all networks as one of the processes, and put them into `columns`."""
     device = distributed.resolve_device(request.device)
     with distributed.session(device), _cache(request.settings) as settings:
+        data = _known_data(request)
         for label, network in request.networks.items():
-            evaluation = _open(request, network, settings, device)
-            metrics = parse_metrics(request.metrics)
-            for result in compute_metrics(metrics, evaluation):
+            generator = load_generator(network, device, request.renderer)
+            if is_untrained(network) and distributed.is_main():
+                click.echo(f"{network} is untrained: expect fog, not heads.", err=True)
+            if data is None:
+                data = _make_synthetic_data(request, settings, generator.img_resolution)
+            dataset = HeadDataset(dataclasses.replace(data, mirror=request.mirror), settings.seed)
+            evaluation = Evaluation(generator, dataset, device, settings)
+            for result in compute_metrics(parse_metrics(request.metrics), evaluation):
                 columns.setdefault(label, []).append(result)
                 if distributed.is_main():
                     _keep(result, evaluation, request, label)
@@ -324,23 +330,21 @@ def _cache(settings: EvaluationSettings) -> Iterator[EvaluationSettings]:
         distributed.barrier()  # others may still read
 
 
-def _open(request: _Request, network: str, settings: EvaluationSettings, device: torch.device) -> Evaluation:
-    """Load a network and its data."""
-    data = request.data
-    if data is None and not request.synthetic:
-        data = data_of_network(network)  # before the network is loaded, which takes longer
-    generator = load_generator(network, device, request.renderer)
-    if is_untrained(network) and distributed.is_main():
-        click.echo(f"{network} is untrained: expect fog, not heads.", err=True)
-    if data is None:
-        parent = request.outdir or settings.cache_dir
-        data = _make_synthetic_data(request.synthetic, parent, generator.img_resolution)
-    dataset = HeadDataset(dataclasses.replace(data, mirror=request.mirror), settings.seed)
-    return Evaluation(generator, dataset, device, settings)
+def _known_data(request: _Request) -> DataConfig | None:
+    """Return the data that were given, or those that all networks were trained on; None for synthetic heads."""
+    if request.data is not None or request.synthetic:
+        return request.data
+    (first, data), *others = ((label, data_of_network(network)) for label, network in request.networks.items())
+    for label, other in others:
+        expected = f"data that are the same for all, or --data; {first} has {', '.join(data.images)}"
+        require(other == data, f"data of {label}", expected, ", ".join(other.images))
+    return data
 
 
-def _make_synthetic_data(names: tuple[str, ...], parent: Path, resolution: int) -> DataConfig:
-    data = SyntheticData.parse(names, (), parent, resolution, _SYNTHETIC_SIZE)
+def _make_synthetic_data(request: _Request, settings: EvaluationSettings, resolution: int) -> DataConfig:
+    """Make synthetic heads in OUTDIR or else in the cache, unless they are there."""
+    parent = request.outdir or settings.cache_dir
+    data = SyntheticData.parse(request.synthetic, (), parent, resolution, _SYNTHETIC_SIZE)
     data.make()
     return data.config
 
@@ -352,6 +356,7 @@ def _keep(result: MetricResult, evaluation: Evaluation, request: _Request, label
         data=evaluation.dataset.config,
         settings=evaluation.settings,
         num_ranks=distributed.world_size(),
+        is_beside_network=request.outdir is None,
     )
     record = result_record(result, context)
     if request.folders[label] is not None:

@@ -37,6 +37,8 @@ class ResultContext:
     data: DataConfig
     settings: EvaluationSettings
     num_ranks: int = 1
+    is_beside_network: bool = True
+    """Whether lines go to the run folder of the network, if it lies in one; there, its name says which it is."""
 
 
 # ---- lines ----
@@ -46,12 +48,13 @@ def result_record(result: MetricResult, context: ResultContext) -> dict[str, Any
     """Return a result as JSON data, with the published keys and ours.
 
     Published are `results`, `metric`, `total_time` (seconds), `total_time_str`, `num_gpus` (processes), `mode`,
-    `snapshot_pkl` (name of the file in its run folder, elsewhere the network as given) and `timestamp` (seconds since
+    `snapshot_pkl` (name of the file in lines beside it, elsewhere the network as given) and `timestamp` (seconds since
     1970). Ours are `curve` and `details`, null and empty where a metric has none, `detectors`, `data`, `settings`, and
     `not_applicable`, the reason why there is no number, or null. Numbers that are not finite are null.
     """
     values = result.values
-    name = file_name(context.network) if run_folder(context.network) is not None else ""
+    is_near = context.is_beside_network and run_folder(context.network) is not None
+    name = file_name(context.network) if is_near else without_credentials(context.network)
     settings = dataclasses.asdict(context.settings)
     record = {
         "results": {} if values is None else dict(values.values),
@@ -60,7 +63,7 @@ def result_record(result: MetricResult, context: ResultContext) -> dict[str, Any
         "total_time_str": format_duration(result.seconds),
         "num_gpus": context.num_ranks,
         "mode": context.settings.mode,
-        "snapshot_pkl": name or without_credentials(context.network),
+        "snapshot_pkl": name,
         "timestamp": time.time(),
         "not_applicable": result.reason,
         "curve": None if values is None or values.curve is None else dataclasses.asdict(values.curve),

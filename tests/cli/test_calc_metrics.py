@@ -294,6 +294,16 @@ def test_compare_picture_that_cannot_be_drawn_is_refused_first(network, fake, tm
     assert not fake.evaluations
 
 
+def test_compare_networks_of_different_data_asks_for_some(network, weights, fake, tmp_path):
+    other = HeadFiles(3, side=SIDE).write(tmp_path / "other")
+    (tmp_path / "run2").mkdir()
+    os.link(weights, tmp_path / "run2" / "net.safetensors")
+    (tmp_path / "run2" / "options.json").write_text(json.dumps({"config": {"data": serialize.to_json(other)}}))
+    line = fail(SCRIPT, "compare", network, f"b={tmp_path / 'run2' / 'net.safetensors'}", "--metrics", "fd8_full")
+    assert "data of b: expected data that are the same for all, or --data" in line
+    assert not fake.evaluations
+
+
 @pytest.mark.parametrize(
     ("networks", "labels"),
     [

@@ -46,7 +46,9 @@ def with_curve(name: str = "fd_yaw8_full", y=(1.0, None)) -> MetricResult:
 
 
 def not_applicable() -> MetricResult:
-    return result("background_swap8", values=None, reason="background_swap8: the network has no background network", detectors=())
+    return result(
+        "background_swap8", values=None, reason="background_swap8: the network has no background network", detectors=()
+    )
 
 
 def context(network: str = "net.pkl", **fields) -> ResultContext:
@@ -92,6 +94,7 @@ def test_record_in_a_run_folder_names_the_file_alone(tmp_path):
     assert result_record(result(), context(network))["snapshot_pkl"] == network
     (tmp_path / "options.json").touch()
     assert result_record(result(), context(network))["snapshot_pkl"] == "net.pkl"
+    assert result_record(result(), context(network, is_beside_network=False))["snapshot_pkl"] == network
 
 
 def test_append_adds_lines_that_are_read_back(tmp_path):
