@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -259,6 +260,6 @@ def conv_block(in_channels: int, out_channels: int, stride: int = 1) -> torch.nn
 
 
 @torch.no_grad()
-def apply_in_batches(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Apply a network to bytes [N, 3, S, S] in batches, and return all outputs."""
+def apply_in_batches(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """Apply a network to bytes [N, 3, S, S], as float32 in [-1, 1] and in batches, and return all outputs."""
     return torch.cat([network(to_float(part)) for part in images.split(_EVALUATED_TOGETHER)])

@@ -31,6 +31,11 @@ def test_directions_are_learnt(detector, images):
     torch.testing.assert_close(directions.norm(dim=1), torch.ones(6), rtol=1e-5, atol=0)  # float32
 
 
+def test_directions_of_mirrored_images_are_mirrored(detector, images):
+    mirrored = detector(images.flip(3), "directions") * torch.tensor([-1.0, 1.0, 1.0])
+    torch.testing.assert_close(mirrored, detector(images, "directions"), rtol=0, atol=1e-5)  # sums in another order
+
+
 def test_report_is_about_images_held_out(detector):
     report = detector.info.held_out
     assert set(report) == {"num_images", "median_deg", "mean_deg", "above_30_deg", "back_taken_for_front"}
@@ -101,20 +106,21 @@ def test_rare_views_come_more_often():
 
 
 class Fixed(torch.nn.Module):
-    """Always answers with the same directions."""
+    """Always answers with the same directions, and knows mirrored images by their bright right half."""
 
     def __init__(self, directions):
         super().__init__()
         self.directions = directions
 
     def forward(self, images):
-        return self.directions * 0.3
+        mirrored = (images[..., -1] > images[..., 0]).all()
+        return self.directions * (torch.tensor([-0.3, 0.3, 0.3]) if mirrored else 0.3)
 
 
 def evaluated(yaw_deg, predicted_deg):
-    examples = Examples(
-        images=torch.zeros(len(yaw_deg), 3, 4, 4, dtype=torch.uint8), directions=view_directions(head_labels(yaw_deg))
-    )
+    images = torch.zeros(len(yaw_deg), 3, 4, 4, dtype=torch.uint8)
+    images[..., :2] = 200
+    examples = Examples(images=images, directions=view_directions(head_labels(yaw_deg)))
     return ViewTask().evaluate(Fixed(view_directions(head_labels(predicted_deg))), examples)
 
 
