@@ -24,7 +24,7 @@ from training.config import require
 
 MIN_IMAGES = 64
 MAX_SIZE, MIN_SIZE = 64, 32
-_VERSION = 1  # goes up when the same data would give other networks
+_VERSION = 2  # goes up when the same data would give other networks
 _KIND = "spherehead-trained-detector"
 _EVALUATED_TOGETHER = 128  # images
 _WARM_UP = 0.1  # share of the steps

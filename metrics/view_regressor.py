@@ -137,7 +137,7 @@ class ViewDetector:
 
 
 def predict_directions(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Return unit vectors `[B, 3]` for images `[B, 3, S, S]` in [-1, 1]: what the network says of them and their mirror.
+    """Return unit vectors `[B, 3]` for images `[B, 3, S, S]` in [-1, 1]: by them and their mirror images.
 
     With the mean of both, left and right are alike, and errors smaller by a tenth.
     """
