@@ -345,7 +345,7 @@ def _make_synthetic_data(request: _Request, settings: EvaluationSettings, resolu
     """Make synthetic heads in OUTDIR or else in the cache, unless they are there."""
     parent = request.outdir or settings.cache_dir
     data = SyntheticData.parse(request.synthetic, (), parent, resolution, _SYNTHETIC_SIZE)
-    data.make()
+    data.make(settings.progress)
     return data.config
 
 

@@ -73,23 +73,26 @@ class SyntheticData:
             resolution=self.request.resolution,
         )
 
-    def make(self) -> None:
-        """Make it with a progress bar, unless it is there.
+    def make(self, progress: bool = True) -> None:
+        """Make it, unless it is there.
 
         Collective: rank 0 makes it, and the others wait, so that all can read it afterwards.
+
+        Args:
+            progress: whether a bar shows how far it is.
         """
         if distributed.is_main():
             with distributed.long_task("making synthetic heads"):
-                self._make()
+                self._make(progress)
         distributed.barrier()
 
-    def _make(self) -> None:
+    def _make(self, progress: bool) -> None:
         with contextlib.ExitStack() as stack:
             bars: list[tqdm] = []  # none is shown where there is nothing to do
 
             def show(done: int, total: int) -> None:
                 if not bars:
-                    bar = tqdm(total=total, initial=done, desc="synthetic heads", unit="img")
+                    bar = tqdm(total=total, initial=done, desc="synthetic heads", unit="img", disable=not progress)
                     bars.append(stack.enter_context(bar))
                 bars[0].update(done - bars[0].n)
 

@@ -45,3 +45,9 @@ def test_make_shows_a_bar_once_and_then_finds_its_files(tmp_path, capsys):
     assert len(dataset) == 4 and dataset.has_masks
     data.make()
     assert capsys.readouterr().err == ""
+
+
+def test_make_without_progress_is_silent(tmp_path, capsys):
+    data = SyntheticData.parse(["synth:1x1"], [], tmp_path, 16)
+    data.make(progress=False)
+    assert capsys.readouterr().err == "" and (data.folder / "images.zip").is_file()
