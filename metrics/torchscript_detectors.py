@@ -159,7 +159,7 @@ class FileNetwork:
             name=source.name,
             resize=source.resize or source.preparation.filter_name,
             sha256=self._sha256,
-            source=without_credentials(self._shown),
+            source=self._shown,
         )
 
     def sample_images(self) -> torch.Tensor:
@@ -274,7 +274,7 @@ def find_file(source: NetworkSource, kind: str = "detector", verbose: bool = Fal
     for file in source.files:
         if url_scheme(file):
             path = open_url(file, num_attempts=_NUM_ATTEMPTS, verbose=verbose, return_filename=True)
-            return path, file
+            return path, without_credentials(file)
         places = [] if source.name in KNOWN else [Path(file)]
         places += [] if os.path.dirname(file) else [folder / file for folder in folders()]
         for place in places:
