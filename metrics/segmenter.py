@@ -83,7 +83,7 @@ class MaskTask:
     needs_masks = True
 
     def __init__(self, plan: TrainingPlan | None = None) -> None:
-        self.plan = plan or TrainingPlan(max_images=4096, min_seen=3_000, max_seen=8_000)
+        self.plan = plan or TrainingPlan(max_images=4096, min_seen=3_000, max_seen=8_000, batch_size=16)
 
     def build(self, size: int) -> MaskNetwork:
         """Return a network with random weights."""
