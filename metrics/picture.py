@@ -67,7 +67,7 @@ def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]]) -> None:
     check_picture(path)
     require(any(panels.values()), "picture", "a metric with a curve, such as fd_yaw500_full", list(panels))
     networks = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     size = _PANEL_INCH[0] * columns, _PANEL_INCH[1] * rows
     figure = import_extra("matplotlib.figure", _EXTRA).Figure(figsize=size, layout="constrained")
