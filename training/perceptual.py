@@ -86,7 +86,7 @@ class VggDistance:
         try:
             with torch.no_grad():
                 self._run(torch.zeros(2, 3, 64, 64, device=device))
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             raise ValueError(
                 f"{self._source}: expected a network that takes (x, resize_images, return_lpips), got an error: "
                 f"{last_line(error)}"
