@@ -184,6 +184,7 @@ def test_train_resume_from_changes_schedules_as_published(data, tmp_path):
         (["--resume-blur"], r"--resume-blur: expected a network to start from"),
         (["--data", "synth"], r"--data synth: expected no other data"),
         (["--resume-from", __file__], r"test_train.py"),
+        (["--metrics", "fid50k_full,fud"], r"metric: expected one of .*; came 'fud'"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -214,6 +215,28 @@ def test_train_same_command_again_goes_on_and_its_network_makes_pictures(data, t
     assert len(list_states(other)) == 2  # the last two
     assert json.loads((other / "options.json").read_text())["config"]["loop"]["total_kimg"] == 0.024
     load_generator(other / "network-snapshot-000000.safetensors")
+
+
+def test_train_metrics_of_every_snapshot_are_kept_and_change_nothing_else(data, tmp_path):
+    plain = command(data, tmp_path / "plain", "--kimg", 0.008, "--snap", 1)
+    succeed("train.py", *plain)
+    measured = command(data, tmp_path / "measured", "--kimg", 0.008, "--snap", 1, "--tick", 0.004)
+    out = succeed("train.py", *measured, "--metrics", "ppl4-wend, mv_consistency2").stdout
+    run = only_run(tmp_path / "measured")
+    assert same_networks(run, only_run(tmp_path / "plain"))
+    records = [json.loads(line) for line in (run / "metric-ppl4_wend.jsonl").read_text().splitlines()]
+    values = [row["Metrics/ppl4_wend"]["mean"] for row in read_stats(run / "stats.jsonl") if "Metrics/ppl4_wend" in row]
+    assert [record["results"]["ppl4_wend"] for record in records] == values and len(values) == 2
+    assert {record["snapshot_pkl"] for record in records} == {"network-snapshot-000000.safetensors"}
+    assert "metrics: ppl4_wend" in out
+    untrained = json.loads((run / "metric-mv_consistency2.jsonl").read_text().splitlines()[0])
+    assert untrained["results"] == {} and untrained["not_applicable"]
+    # The same numbers as from the command, on the same network.
+    again = succeed(
+        *("calc_metrics.py", "--network", run / "network-snapshot-000000.safetensors", "--device", "cpu"),
+        *("--metrics", "ppl4_wend", "--format", "json"),
+    )
+    assert json.loads(again.stdout)["results"]["ppl4_wend"] == pytest.approx(values[-1], rel=1e-6)
 
 
 def test_train_other_configuration_begins_another_run(data, tmp_path):
