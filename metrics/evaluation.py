@@ -30,6 +30,8 @@ Mode = Literal["all", "front", "back"]
 
 # Streams of the seed: random choices that must not depend on each other.
 _LATENTS, _CAMERAS, _CONDITIONS, _NOISE, _REAL_ORDER = range(5)
+# Detectors that are trained on the data do not change with the seed: numbers of several seeds are to have one scale.
+_DETECTOR_SEED = 0
 _MODE_YAW: dict[Mode, YawRange | None] = {"all": None, "front": FRONT, "back": BACK}
 _FRONTAL = 3.14 / 2  # the published scripts' pi
 
@@ -39,7 +41,7 @@ class EvaluationSettings:
     """How a generator is evaluated."""
 
     seed: int = 0
-    """Of latents, cameras, noise and the order of real images."""
+    """Of latents, cameras, noise and the order of real images; not of detectors that are trained."""
     batch_size: int = 4
     """Images that are rendered at a time. It is part of the result: ray jitter is drawn for each batch."""
     truncation_psi: float = 1.0
@@ -226,7 +228,7 @@ class Evaluation:
             device=self.device,
             dataset=self.dataset,
             cache_dir=settings.cache_dir,
-            seed=settings.seed,
+            seed=_DETECTOR_SEED,
             workers=settings.workers,
             progress=settings.progress,
         )
