@@ -59,7 +59,11 @@ _evaluation_options = cli.group(
     cli.truncation_options(psi=1.0),
     cli.option("--seed", type=click.IntRange(0, cli.MAX_SEED), default=0, help="Of all random choices."),
     cli.option("--batch", "batch_size", type=cli.POSITIVE_INT, default=4, help="Images rendered at a time."),
-    cli.option("--detector", help="Of fd, kd and pr: view, inception, vgg16, dinov2, or a TorchScript file or URL."),
+    cli.option(
+        "--detector",
+        help="Of fd, kd and pr: view, inception, vgg16, dinov2, or a TorchScript file or URL. FID, KID, IS and lists "
+        "with them, such as full, take inception alone.",
+    ),
     cli.option("--segmenter", help="TorchScript file or URL that makes masks; default: trained on those of the data."),
     cli.option("--vgg", metavar="FILE", help="TorchScript file or URL of LPIPS, for path lengths."),
     cli.option("--yaw-bins", "num_yaw_bins", type=click.IntRange(min=2), default=8, help="Ranges of metrics by yaw."),
@@ -117,7 +121,7 @@ def calc_metrics(ctx: click.Context, network: str | None, lists_metrics: bool, *
         _refuse_options_before(ctx)
     elif lists_metrics:
         click.echo(_listing())
-    elif not network:
+    elif not (network or "").strip():
         raise click.UsageError("Missing option '--network'.", ctx)
     else:
         _run({source_name(network): network}, options, _show_results)

@@ -121,7 +121,8 @@ class Subject:
     def compare_views(self, num_heads: int) -> torch.Tensor:
         """Render heads for multi-view consistency, and compare their views."""
         batches = self.evaluation.batches(num_heads, "")
-        rows = [torch.from_numpy(compare_heads(self.evaluation, heads, num_heads)) for heads in batches]
+        cameras = self.evaluation.cameras(self.evaluation.generated(num_heads))
+        rows = [torch.from_numpy(compare_heads(self.evaluation, heads, cameras)) for heads in batches]
         return torch.nan_to_num(torch.cat(rows))
 
 

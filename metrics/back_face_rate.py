@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from metrics.directions import view_directions, yaw_of
 from metrics.registry import Curve, MetricValues, NotApplicable, register
 from metrics.requests import ImageSet, StatsRequest, YawRange
-from metrics.view_accuracy import camera_directions, directions_and_labels, directions_request
+from metrics.view_accuracy import directions_and_labels, directions_request
 
 if TYPE_CHECKING:
     from metrics.evaluation import Evaluation
@@ -26,7 +27,7 @@ _NUM_BINS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class BackFaceRate:
-    """Share of pictures from behind that show a face: `back_face_rate<N>` over N generated images.
+    """Share of pictures from behind that show a face: `back_face_rateN` over N generated images.
 
     The cameras are those of real images with an absolute yaw of 120 to 180 degrees. A picture counts if the detector
     `view`, a network trained on the real images of the data set, sees it from within 60 degrees of the front. This is
@@ -42,13 +43,17 @@ class BackFaceRate:
     num_images: int
 
     def requests(self, evaluation: Evaluation) -> Sequence[StatsRequest]:
-        """Return those for the directions of generated and of real images from behind; none without real ones."""
+        """Return those for the directions of generated and of real images from behind.
+
+        Raises:
+            NotApplicable: the data have no images from behind.
+        """
         return [directions_request(images) for images in self._sets(evaluation).values()]
 
     def _sets(self, evaluation: Evaluation) -> dict[str, ImageSet]:
         """Return the sets by the name of their value."""
         if evaluation.num_real(BEHIND) == 0:
-            return {}
+            raise NotApplicable(f"{self.name}: the data have no images with {BEHIND}")
         return {
             self.name: evaluation.generated(self.num_images, cameras="matched", yaw=BEHIND),
             "random": evaluation.generated(self.num_images, cameras="random", yaw=BEHIND),
@@ -56,18 +61,9 @@ class BackFaceRate:
         }
 
     def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
-        """Count what is seen as frontal.
-
-        Raises:
-            NotApplicable: the data have no images from behind.
-        """
-        sets = self._sets(evaluation)
-        if not sets:
-            raise NotApplicable(
-                f"{self.name}: the data have no images with a yaw of {BEHIND.low_deg:g} to {BEHIND.high_deg:g} degrees"
-            )
+        """Count what is seen as frontal."""
         values, counts, curve = {}, {}, None
-        for name, images in sets.items():
+        for name, images in self._sets(evaluation).items():
             labels, directions = directions_and_labels(evaluation, images, stats[directions_request(images)])
             frontal = is_frontal(directions)
             values[name], counts[name] = float(frontal.mean()), len(frontal)
@@ -85,7 +81,7 @@ class BackFaceRate:
 
 
 @register(
-    r"back_face_rate(?P<num>\d+k?)", "back_face_rate<N>", "share of pictures from behind that are seen from the front"
+    r"back_face_rate(?P<num>\d+k?)", "back_face_rateN", "share of pictures from behind that are seen from the front"
 )
 def make_back_face_rate(name: str, num_images: int) -> BackFaceRate:
     """Make the metric of a name."""
@@ -94,12 +90,12 @@ def make_back_face_rate(name: str, num_images: int) -> BackFaceRate:
 
 def is_frontal(directions: np.ndarray) -> np.ndarray:
     """Return which directions [N, 3] have an absolute yaw below 60 degrees: bool [N]."""
-    return np.abs(_yaw_deg(directions)) < FRONTAL_YAW_DEG
+    return np.abs(yaw_of(directions)) < FRONTAL_YAW_DEG
 
 
 def _curve(labels: np.ndarray, frontal: np.ndarray) -> Curve:
     """Return the share of frontal pictures by the absolute yaw of the camera."""
-    yaw_deg = np.abs(_yaw_deg(camera_directions(labels)))
+    yaw_deg = np.abs(yaw_of(view_directions(labels)))
     edges = np.linspace(BEHIND.low_deg, BEHIND.high_deg, _NUM_BINS + 1).tolist()
     bins = [YawRange(low_deg=low, high_deg=high, absolute=True) for low, high in zip(edges, edges[1:])]
     shares = [frontal[yaw_range.contains(yaw_deg)] for yaw_range in bins]
@@ -109,7 +105,3 @@ def _curve(labels: np.ndarray, frontal: np.ndarray) -> Curve:
         y_name="share seen from the front",
         y=tuple(float(share.mean()) if len(share) else None for share in shares),
     )
-
-
-def _yaw_deg(directions: np.ndarray) -> np.ndarray:
-    return np.rad2deg(np.arctan2(directions[:, 0], directions[:, 2]))

@@ -26,7 +26,7 @@ TRUNCATION_PSI = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class BackgroundSwap:
-    """Difference of the masks of a head before two backgrounds: `background_swap<N>` over N pairs; published 64.
+    """Difference of the masks of a head before two backgrounds: `background_swapN` over N pairs; published 64.
 
     A pair is two latents, conditioned on the frontal camera and truncated with psi = 0.7. The first is rendered from
     the frontal camera before its own background and before that of the other; a segmentation network finds the head in
@@ -73,12 +73,13 @@ class BackgroundSwap:
                 "truncation_psi": TRUNCATION_PSI,
                 "segmenter": segmenter.info.to_json(),
             },
+            notes=(f"segmenter {segmenter.info.name}; resize: {segmenter.info.resize}",),
         )
 
 
 @register(
     r"background_swap(?P<num>\d+k?)",
-    "background_swap<N>",
+    "background_swapN",
     "change of the mask of a head when its background is swapped; published calc_mbs is background_swap64",
 )
 def make_background_swap(name: str, num_images: int) -> BackgroundSwap:
@@ -98,6 +99,9 @@ def swap_backgrounds(evaluation: Evaluation, segmenter: Segmenter, heads: np.nda
 
     Returns:
         float32 [B, 2]: mean squared difference of the masks, and the mean of the first mask.
+
+    Raises:
+        ValueError: the network makes values that are not finite.
     """
     G = evaluation.generator
     label = frontal_label().to(evaluation.device).expand(len(heads), -1)
@@ -109,6 +113,7 @@ def swap_backgrounds(evaluation: Evaluation, segmenter: Segmenter, heads: np.nda
     for ws_background in (ws, ws_others):
         noise.set_state(state)
         image = G.render(G.radiance_field(ws, ws_background, options), label)["image"]
+        evaluation.require_finite(image, heads)
         masks.append(segmenter(to_bytes(image)))  # [B, 1, H, W]
     first, second = masks
     difference = (first - second).square().mean(dim=(1, 2, 3))

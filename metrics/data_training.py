@@ -15,7 +15,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from metrics.detector_interface import DetectorContext
-from metrics.stats_cache import data_key
+from metrics.registry import NotApplicable
+from metrics.stats_cache import data_key, keep
 from metrics.training_examples import Examples, limit, read_examples, split, to_float, unique_items
 from torch_utils import distributed
 from torch_utils.rng import derive_seed
@@ -104,11 +105,13 @@ def trained_network(task: Task, context: DetectorContext) -> TrainedNetwork:
     are an augmentation here.
 
     Raises:
-        ValueError: fewer than 64 images, or one that cannot be read.
+        NotApplicable: fewer than 64 images.
+        ValueError: one that cannot be read.
     """
     items = unique_items(context.dataset)
     name = f"detector {task.name}"
-    require(len(items) >= MIN_IMAGES, f"{name}, data", f"at least {MIN_IMAGES} images to train on", len(items))
+    if len(items) < MIN_IMAGES:
+        raise NotApplicable(f"{name} needs at least {MIN_IMAGES} images to train on, and the data have {len(items)}")
     size = MAX_SIZE if context.dataset.resolution >= MAX_SIZE else MIN_SIZE
     state = None
     if distributed.is_main():
@@ -145,15 +148,16 @@ def _load_or_train(
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
     header = {"task": task.name, "num_images": len(training), "held_out": held}
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensor_file(path, _KIND, weights, header)
+        keep(path, lambda: write_tensor_file(path, _KIND, weights, header))
     return weights, header
 
 
 def _cache_path(task: Task, context: DetectorContext, size: int) -> Path | None:
     if context.cache_dir is None:
         return None
-    parts = [_VERSION, task.name, asdict(task.plan), context.seed, size, data_key(context.dataset)]
+    who = context.dataset.identities  # which images are held out depends on it
+    identities = None if who is None else hashlib.sha256(who.tobytes()).hexdigest()
+    parts = [_VERSION, task.name, asdict(task.plan), context.seed, size, data_key(context.dataset), identities]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return Path(context.cache_dir) / "detectors" / f"{task.name}-{key[:32]}.safetensors"
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from camera_utils import TRAINING_FOCAL, TRAINING_RADIUS, LookAtPoseSampler, camera_label, intrinsics_from_focal
 from metrics.detectors import Detector, DetectorContext, load_detector
 from metrics.feature_stats import FeatureStats
+from metrics.registry import NotApplicable
 from metrics.requests import BACK, FRONT, Cameras, ImageSet, YawRange
 from torch_utils import distributed
 from torch_utils.rng import derive_seed
@@ -43,7 +44,7 @@ class EvaluationSettings:
     seed: int = 0
     """Of latents, cameras, noise and the order of real images; not of detectors that are trained."""
     batch_size: int = 4
-    """Images that are rendered at a time. It is part of the result: ray jitter is drawn for each batch."""
+    """Images that are rendered at a time. It is part of the result: noise and ray jitter are drawn for each batch."""
     truncation_psi: float = 1.0
     truncation_cutoff: int | None = None
     """How many w-layers are truncated; None is all of them."""
@@ -73,6 +74,9 @@ class EvaluationSettings:
         require(math.isfinite(self.truncation_psi), "truncation", "a finite number", self.truncation_psi)
         require(self.mode in _MODE_YAW, "mode", "all, front or back", self.mode)
         require(self.num_yaw_bins >= 2, "yaw bins", "at least 2", self.num_yaw_bins)
+        for name in ("detector", "segmenter", "vgg"):
+            value = getattr(self, name)
+            require(value is None or bool(value.strip()), name, "a name, a path or a URL", value)
 
 
 class Evaluation:
@@ -133,7 +137,8 @@ class Evaluation:
         return order[: images.num_images]
 
     def num_real(self, yaw: YawRange | None = None) -> int:
-        """Return how many real images there are in a range."""
+        """Return how many real images there are in a range; without `yaw`, in the views of the mode."""
+        yaw = yaw or _MODE_YAW[self.settings.mode]
         return len(self.dataset) if yaw is None else int(yaw.contains(self.yaw_deg).sum())
 
     # ---- random choices ----
@@ -154,12 +159,13 @@ class Evaluation:
         kind starts with the same cameras.
 
         Raises:
-            ValueError: there is no real image in the range.
+            NotApplicable: there is no real image in the range.
         """
         candidates = np.arange(len(self.dataset))
         if images.yaw is not None:
             candidates = candidates[images.yaw.contains(self.yaw_deg)]
-        require(len(candidates) > 0, "data", f"images with a yaw in {images.yaw}", "none")
+        if len(candidates) == 0:
+            raise NotApplicable(f"the data have no images with {images.yaw}")
         rendering = self.dataset.labels[candidates[self._draw(_CAMERAS, len(candidates), images)]]
         if images.cameras == "random":
             drawn = self._draw(_CONDITIONS, len(self.dataset), images)
@@ -183,12 +189,13 @@ class Evaluation:
 
     # ---- work that ranks share ----
 
-    def batches(self, num: int, description: str) -> Iterator[np.ndarray]:
+    def batches(self, num: int, description: str, size: int | None = None) -> Iterator[np.ndarray]:
         """Yield this rank's batches of 0 ... num - 1, int64 [B], under a progress bar.
 
         Batch k belongs to rank `k % world_size`: which indices are together does not depend on the number of ranks.
+        Without `size`, batches are as large as the settings say.
         """
-        size = self.settings.batch_size
+        size = size or self.settings.batch_size
         starts = range(0, num, size)[distributed.rank() :: distributed.world_size()]
         shown = self.settings.progress and distributed.is_main()
         with tqdm(total=num, desc=description, unit="img", disable=not shown, leave=False) as bar:
@@ -209,6 +216,15 @@ class Evaluation:
             stats.add(torch.as_tensor(values), indices)
         stats.reduce()
         return stats.rows()
+
+    def require_finite(self, pictures: torch.Tensor, indices: np.ndarray) -> None:
+        """Raise ValueError unless pictures [B, C, H, W] of samples [B] are finite: NaN would look alike everywhere."""
+        finite = pictures.isfinite().flatten(1).all(dim=1).cpu().numpy()
+        if not finite.all():
+            raise ValueError(
+                f"network: expected finite pixel values, came NaN or infinity in sample {indices[~finite][0]} of seed "
+                f"{self.settings.seed}"
+            )
 
     def load_detector(self, name: str) -> Detector:
         """Return a detector, loaded or trained at the first call; collective."""

@@ -95,19 +95,16 @@ class FrechetDistance:
     """Whether it is FID, which is defined by its detector."""
 
     def requests(self, evaluation: Evaluation) -> Sequence[StatsRequest]:
-        """Return which statistics it needs."""
-        detector = _detector(evaluation, self.name, self.is_fid)
-        if not self.comparison.is_possible(evaluation):
-            return ()
-        return self.comparison.requests(evaluation, detector, moments=True)
-
-    def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
-        """Compute it.
+        """Return which statistics it needs.
 
         Raises:
             NotApplicable: there are no real images from that side.
         """
-        self.comparison.require_possible(evaluation)
+        detector = _detector(evaluation, self.name, self.is_fid)
+        return self.comparison.requests(evaluation, detector, moments=True)
+
+    def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
+        """Compute it."""
         real, generated = (stats[request] for request in self.requests(evaluation))
         return MetricValues(values={self.name: distance_of_stats(real, generated)}, details=counts(real, generated))
 
@@ -130,6 +127,7 @@ class FrechetDistanceOverYaw:
 
         Raises:
             ValueError: fewer than 2 images for each range of yaws.
+            NotApplicable: no range of yaws has two real images.
         """
         detector = _detector(evaluation, self.name, self.is_fid)
         needed = [
@@ -137,6 +135,8 @@ class FrechetDistanceOverYaw:
             for comparison in self._comparisons(evaluation)
             if comparison.is_possible(evaluation)
         ]
+        if not needed:
+            raise NotApplicable("no range of yaws has two real images")
         return [request for pair in needed for request in pair]
 
     def _comparisons(self, evaluation: Evaluation) -> list[Comparison]:
@@ -150,11 +150,7 @@ class FrechetDistanceOverYaw:
         ]
 
     def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
-        """Compute it.
-
-        Raises:
-            NotApplicable: no range of yaws has two real images.
-        """
+        """Compute it."""
         detector = _detector(evaluation, self.name, self.is_fid)
         ranges: list[YawRange] = []
         distances: list[float | None] = []
@@ -169,8 +165,6 @@ class FrechetDistanceOverYaw:
             distances.append(distance_of_stats(real, generated))
             details.append(counts(real, generated))
         known = [distance for distance in distances if distance is not None]
-        if not known:
-            raise NotApplicable("no range of yaws has two real images")
         curve = Curve(
             x_name="yaw_deg",
             x=tuple(yaw.middle_deg for yaw in ranges),
@@ -187,7 +181,7 @@ def _detector(evaluation: Evaluation, name: str, is_fid: bool) -> str:
 
 
 _SUFFIX = r"(?:_(?P<variant>random|front|back|yaw))?(?P<num>\d+k?)(?P<full>_full)?"
-_SHOWN = "[_random|_front|_back|_yaw]<N>[_full]"
+_SHOWN = "[_random|_front|_back|_yaw]N[_full]"
 
 
 @register(rf"(?P<family>fid){_SUFFIX}", f"fid{_SHOWN}", "Frechet distance of Inception features (FID)")

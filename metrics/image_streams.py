@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from metrics.requests import ImageSet
 from training.triplane import TriPlaneGenerator
 
 _REAL, _GENERATED = "real images", "generated images"
+_MAX_REAL_IMAGES, _MAX_REAL_PIXELS = 64, 2**22  # of a batch of real images, which is read and not rendered
 
 
 class ImageBatch(NamedTuple):
@@ -35,10 +37,11 @@ def real_images(evaluation: Evaluation, items: np.ndarray) -> Iterator[ImageBatc
         ValueError: an image cannot be read.
     """
     dataset = evaluation.dataset
+    size = max(1, min(_MAX_REAL_IMAGES, _MAX_REAL_PIXELS // dataset.resolution**2))
     own: list[np.ndarray] = []
 
     def tasks() -> Iterator[list[tuple[int, bool]]]:
-        for positions in evaluation.batches(len(items), _REAL):
+        for positions in evaluation.batches(len(items), _REAL, size):
             own.append(items[positions])
             yield [dataset.locate(item) for item in own[-1].tolist()]
 
@@ -51,29 +54,28 @@ def real_images(evaluation: Evaluation, items: np.ndarray) -> Iterator[ImageBatc
 def generated_images(evaluation: Evaluation, images: ImageSet) -> Iterator[ImageBatch]:
     """Yield this rank's share of a set of generated images.
 
-    Layer noise and ray jitter are random, as in training and in the published metrics, and seeded for each batch.
+    Layer noise and ray jitter are random, as in training and in the published metrics, and seeded for each batch. All
+    batches are whole, so that an image does not depend on where its set ends; what is beyond the end is not yielded.
 
     Raises:
         ValueError: the network makes values that are not finite.
     """
-    conditions, cameras = evaluation.cameras(images)
+    size = evaluation.settings.batch_size
+    num_whole = -(-images.num_images // size) * size
+    conditions, cameras = evaluation.cameras(dataclasses.replace(images, num_images=num_whole))
     seed = _stream_number(images)
     for indices in evaluation.batches(images.num_images, f"{_GENERATED}, {_describe(images)}"):
-        label, condition = (torch.from_numpy(c[indices].copy()).to(evaluation.device) for c in (cameras, conditions))
+        whole = indices[0] + np.arange(size)
+        label, condition = (torch.from_numpy(c[whole].copy()).to(evaluation.device) for c in (cameras, conditions))
         picture = generate(
             evaluation,
-            evaluation.latents(indices),
+            evaluation.latents(whole),
             condition,
             label,
             offset=images.cameras != "frontal",
             noise=evaluation.noise_generator(seed, int(indices[0])),
-        )
-        finite = picture.isfinite().flatten(1).all(dim=1).cpu().numpy()
-        if not finite.all():
-            raise ValueError(
-                f"network: expected finite pixel values, came NaN or infinity in sample {indices[~finite][0]} of seed "
-                f"{evaluation.settings.seed}"
-            )
+        )[: len(indices)]
+        evaluation.require_finite(picture, indices)
         yield ImageBatch(indices, to_bytes(picture))
 
 

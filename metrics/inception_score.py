@@ -82,7 +82,7 @@ class InceptionScore:
         return MetricValues(values=values, details=details)
 
 
-@register(r"is(?P<num>\d+k?)", "is<N>", "Inception score of ImageNet's classes; says little of heads")
+@register(r"is(?P<num>\d+k?)", "isN", "Inception score of ImageNet's classes; says little of heads")
 def _make(*, name: str, num_images: int) -> InceptionScore:
     require(num_images >= NUM_SPLITS, f"metric {name}", f"at least {NUM_SPLITS} images", num_images)
     return InceptionScore(name=name, num_images=num_images)

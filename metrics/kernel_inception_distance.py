@@ -99,22 +99,19 @@ class KernelDistance:
     """Whether it is KID, which is defined by its detector."""
 
     def requests(self, evaluation: Evaluation) -> Sequence[StatsRequest]:
-        """Return which statistics it needs."""
-        if self.is_kid:
-            detector = fixed_detector(evaluation, self.name, INCEPTION, "kd")
-        else:
-            detector = chosen_detector(evaluation, DEFAULT_DETECTOR)
-        if not self.comparison.is_possible(evaluation):
-            return ()
-        return self.comparison.requests(evaluation, detector, capture=True)
-
-    def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
-        """Compute it.
+        """Return which statistics it needs.
 
         Raises:
             NotApplicable: there are not two real images.
         """
-        self.comparison.require_possible(evaluation)
+        if self.is_kid:
+            detector = fixed_detector(evaluation, self.name, INCEPTION, "kd")
+        else:
+            detector = chosen_detector(evaluation, DEFAULT_DETECTOR)
+        return self.comparison.requests(evaluation, detector, capture=True)
+
+    def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
+        """Compute it."""
         requests = self.requests(evaluation)
         real, generated = (captured(stats[request], request) for request in requests)
         estimates = kernel_distances(real, generated, seed=evaluation.settings.seed, device=evaluation.device)
@@ -128,9 +125,9 @@ class KernelDistance:
 
 
 @register(
-    r"(?P<family>kid)(?P<num>\d+k?)(?P<full>_full)?", "kid<N>[_full]", "kernel distance of Inception features (KID)"
+    r"(?P<family>kid)(?P<num>\d+k?)(?P<full>_full)?", "kidN[_full]", "kernel distance of Inception features (KID)"
 )
-@register(r"(?P<family>kd)(?P<num>\d+k?)(?P<full>_full)?", "kd<N>[_full]", "kernel distance of any detector's features")
+@register(r"(?P<family>kd)(?P<num>\d+k?)(?P<full>_full)?", "kdN[_full]", "kernel distance of any detector's features")
 def _make(*, name: str, family: str, num_images: int, full: str | None) -> KernelDistance:
     comparison = Comparison(num_images=num_images, all_real=full is not None, max_real=MAX_REAL)
     return KernelDistance(name=name, comparison=comparison, is_kid=family == "kid")

@@ -22,6 +22,7 @@ from metrics import (  # noqa: F401
 )
 from metrics.evaluation import Evaluation
 from metrics.registry import Metric, MetricValues, NotApplicable, metric_list, parse_metric
+from metrics.requests import StatsRequest
 from metrics.stats_pipeline import collect_stats
 
 __all__ = ["PRESETS", "MetricResult", "compute_metrics", "metric_list", "parse_metric", "parse_metrics"]
@@ -85,17 +86,38 @@ def compute_metrics(metrics: Sequence[Metric], evaluation: Evaluation) -> Iterat
         ValueError, OSError: data, network or a detector cannot be used.
     """
     started = time.monotonic()
-    needed = {metric.name: tuple(metric.requests(evaluation)) for metric in metrics}
+    needed: dict[str, tuple[StatsRequest, ...]] = {}
+    reasons: dict[str, str] = {}
+    for metric in metrics:
+        try:
+            needed[metric.name] = _requests(metric, evaluation)
+        except NotApplicable as error:
+            needed[metric.name], reasons[metric.name] = (), str(error)
     stats = collect_stats(evaluation, (request for requests in needed.values() for request in requests))
     for metric in metrics:
         requests = needed[metric.name]
         names = dict.fromkeys(request.detector for request in requests)
         detectors = tuple(evaluation.load_detector(name).info.to_json() for name in names)
-        values, reason = None, None
-        try:
-            values = metric.compute(evaluation, {request: stats[request] for request in requests})
-        except NotApplicable as error:
-            reason = str(error)
+        values, reason = None, reasons.get(metric.name)
+        if reason is None:
+            try:
+                values = metric.compute(evaluation, {request: stats[request] for request in requests})
+            except NotApplicable as error:
+                reason = str(error)
         now = time.monotonic()
         yield MetricResult(metric=metric.name, values=values, reason=reason, detectors=detectors, seconds=now - started)
         started = time.monotonic()
+
+
+def _requests(metric: Metric, evaluation: Evaluation) -> tuple[StatsRequest, ...]:
+    """Return what a metric needs, after a look that it can be had.
+
+    Raises:
+        NotApplicable: it cannot: a detector cannot learn from these data, or they lack the views.
+    """
+    requests = tuple(metric.requests(evaluation))
+    for request in requests:
+        if evaluation.num_real(request.images.yaw) == 0:
+            raise NotApplicable(f"the data have no images with {request.images.yaw}")
+        evaluation.load_detector(request.detector)
+    return requests

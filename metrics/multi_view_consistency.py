@@ -54,7 +54,7 @@ class View(NamedTuple):
     labels: torch.Tensor
     """`[B, 25]`"""
     image: torch.Tensor
-    """`[B, 3, H, W]` in [-1, 1]"""
+    """`[B, 3, H, W]`; values beyond [-1, 1] count as these."""
     depth: torch.Tensor
     """`[B, 1, R, R]`: distance along the rays in world units."""
     mask: torch.Tensor
@@ -77,7 +77,7 @@ class Overlap(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiViewConsistency:
-    """PSNR of neighbouring views where they show the same: `mv_consistency<N>` for N heads.
+    """PSNR of neighbouring views where they show the same: `mv_consistencyN` for N heads.
 
     For head i, the camera of sample i is turned about the vertical axis to four places 90 degrees apart, which wander
     from head to head, and there by 5 degrees to either side. Both views come from one radiance field with constant
@@ -115,8 +115,9 @@ class MultiViewConsistency:
         if side < WINDOW_SIZE:
             raise NotApplicable(f"{self.name}: the volume is rendered with {side} pixels, too few for SSIM")
         indices, rows = [], []
+        cameras = evaluation.cameras(evaluation.generated(self.num_images))
         for heads in evaluation.batches(self.num_images, "pairs of views"):
-            rows.append(compare_heads(evaluation, heads, self.num_images))  # [B, pairs * 5]
+            rows.append(compare_heads(evaluation, heads, cameras))  # [B, pairs * 5]
             indices.append(heads)
         columns = PAIRS_PER_HEAD * len(_ROW)
         rows = np.concatenate(rows) if rows else np.empty((0, columns), np.float32)
@@ -162,7 +163,7 @@ _ROW = ("yaw_deg", "overlap", "mse", "ssim", "depth_difference")
 
 
 @register(
-    r"mv_consistency(?P<num>\d+k?)", "mv_consistency<N>", "PSNR of neighbouring views of N heads, warped by their depth"
+    r"mv_consistency(?P<num>\d+k?)", "mv_consistencyN", "PSNR of neighbouring views of N heads, warped by their depth"
 )
 def make_multi_view_consistency(name: str, num_images: int) -> MultiViewConsistency:
     """Make the metric of a name."""
@@ -175,21 +176,21 @@ def psnr_db(mse: float) -> float:
 
 
 @torch.no_grad()
-def compare_heads(evaluation: Evaluation, heads: np.ndarray, num_heads: int) -> np.ndarray:
+def compare_heads(evaluation: Evaluation, heads: np.ndarray, cameras: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """Render pairs of views of heads and compare them.
 
     Args:
         evaluation: with a generator.
         heads: numbers of the samples, int64 [B].
-        num_heads: how many samples there are in all.
+        cameras: labels of all samples, to condition on and to render from, as `Evaluation.cameras` returns them.
 
     Returns:
         float32 [B, pairs * 5]; of each pair its yaw in degrees, overlap, MSE, SSIM and difference of depth.
+
+    Raises:
+        ValueError: the network makes values that are not finite.
     """
-    conditions, cameras = (
-        torch.from_numpy(labels[heads].copy()).to(evaluation.device)
-        for labels in evaluation.cameras(evaluation.generated(num_heads))
-    )
+    conditions, labels = (torch.from_numpy(rows[heads].copy()).to(evaluation.device) for rows in cameras)
     G, settings = evaluation.generator, evaluation.settings
     ws = G.mapping(
         evaluation.latents(heads),
@@ -202,11 +203,12 @@ def compare_heads(evaluation: Evaluation, heads: np.ndarray, num_heads: int) -> 
     state = noise.get_state()
     box = _box_side(G)
     rows = []
-    for middle in pair_cameras(cameras, heads):
+    for middle in pair_cameras(labels, heads):
         sides = []
         for angle_deg in (-STEP_DEG / 2, STEP_DEG / 2):
             noise.set_state(state)  # the same ray jitter in all views
             sides.append(_view(G, field, turn(middle, angle_deg)))
+            evaluation.require_finite(sides[-1].image, heads)
         yaw_deg = yaw_pitch_roll_deg(middle)[:, :1]  # [B, 1]
         there, back = compare(*sides, box), compare(*reversed(sides), box)  # [B, 4]
         rows.append(torch.cat([yaw_deg, _mean_of_shown(there, back)], dim=1))
@@ -219,7 +221,7 @@ def _box_side(generator: torch.nn.Module) -> float:
 
 def _view(G: torch.nn.Module, field: object, labels: torch.Tensor) -> View:
     out = G.render(field, labels)
-    return View(labels, out["image"].float().clamp(-1, 1), out["image_depth"].float(), out["image_mask"].float())
+    return View(labels, out["image"].float(), out["image_depth"].float(), out["image_mask"].float())
 
 
 def pair_cameras(labels: torch.Tensor, heads: np.ndarray) -> list[torch.Tensor]:
@@ -258,7 +260,7 @@ def compare(view: View, other: View, box: float = 1.0) -> torch.Tensor:
         absolute difference of depths in sides of the box; these are 0 where nothing can be compared.
     """
     overlap = warp(view, other, box)
-    image = _average_down(view.image, view.depth.shape[-1])
+    image = _average_down(view.image.clamp(-1, 1), view.depth.shape[-1])
     weight = overlap.seen.to(image.dtype)
     count = weight.sum((1, 2, 3))  # [B]
     share = count / overlap.surface.sum((1, 2, 3)).clamp(min=1)
@@ -303,7 +305,7 @@ def warp(view: View, other: View, box: float = 1.0) -> Overlap:
     # it loses as little as the other one.
     full = other.image.shape[-1]
     fine = functional.interpolate(grid.permute(0, 3, 1, 2), size=(full, full), mode="bilinear").permute(0, 2, 3, 1)
-    return Overlap(_average_down(_sample(other.image, fine), size), seen, surface, difference)
+    return Overlap(_average_down(_sample(other.image.clamp(-1, 1), fine), size), seen, surface, difference)
 
 
 def surface_of(view: View) -> torch.Tensor:

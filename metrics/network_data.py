@@ -71,6 +71,11 @@ def _told_by(where: str) -> Iterator[None]:
 
 def _own(data: Any) -> DataConfig:
     config = serialize.from_json(DataConfig, data, "config.data")
+    return all_real_images(config)
+
+
+def all_real_images(config: DataConfig) -> DataConfig:
+    """Return the data of a training as metrics compare with them: all, none flipped or repeated; no parsing maps."""
     return dataclasses.replace(config, mirror=False, back_repeat=1, max_images=None, parsing=(), parsing_classes=0)
 
 

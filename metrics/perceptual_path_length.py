@@ -30,7 +30,7 @@ PUBLISHED_SAMPLES = 50_000
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualPathLength:
-    """Mean perceptual distance per step along lines in W: `ppl<N>_wend` and `ppl<N>_wfull` over N pairs of latents.
+    """Mean perceptual distance per step along lines in W: `pplN_wend` and `pplN_wfull` over N pairs of latents.
 
     Karras et al. 2019, "A style-based generator architecture for generative adversarial networks", section 4.1:
 
@@ -71,12 +71,13 @@ class PerceptualPathLength:
         return MetricValues(
             values={self.name: trimmed_mean(lengths), "median": float(np.median(lengths))},
             details={"num_pairs": len(lengths), "distance": distance.name, "epsilon": EPSILON, "place": self.place},
+            notes=(f"distance of pictures for path lengths: {distance.name}",),
         )
 
 
 @register(
     r"ppl(?!2_wend)(?P<num>\d+k?)_w(?P<place>end|full)?",
-    "ppl<N>_wend",
+    "pplN_wend",
     "perceptual path length in W from fixed cameras",
 )
 def make_path_length(name: str, num_images: int, place: Place | None) -> PerceptualPathLength:

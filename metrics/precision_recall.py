@@ -12,7 +12,7 @@ import torch
 from metrics.evaluation import Evaluation
 from metrics.feature_stats import FeatureStats, sum_of_ranks
 from metrics.real_and_generated import Comparison, captured, chosen_detector, counts
-from metrics.registry import MetricValues, NotApplicable, register
+from metrics.registry import MetricValues, register
 from metrics.requests import StatsRequest
 from torch_utils import distributed
 from training.config import require
@@ -139,22 +139,15 @@ class PrecisionRecallMetric:
     num_neighbors: int
 
     def requests(self, evaluation: Evaluation) -> Sequence[StatsRequest]:
-        """Return which statistics it needs."""
-        if not self._is_possible(evaluation):
-            return ()
-        return self.comparison.requests(evaluation, chosen_detector(evaluation, DEFAULT_DETECTOR), capture=True)
-
-    def _is_possible(self, evaluation: Evaluation) -> bool:
-        return min(evaluation.num_real(self.comparison.yaw), self.comparison.num_images) > self.num_neighbors
-
-    def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
-        """Compute it.
+        """Return which statistics it needs.
 
         Raises:
-            NotApplicable: there are too few images for so many neighbours.
+            NotApplicable: there are too few real images for so many neighbours.
         """
-        if not self._is_possible(evaluation):
-            raise NotApplicable(f"{self.num_neighbors} neighbours need more images than that, real and generated")
+        return self.comparison.requests(evaluation, chosen_detector(evaluation, DEFAULT_DETECTOR), capture=True)
+
+    def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
+        """Compute it."""
         requests = self.requests(evaluation)
         real, generated = (captured(stats[request], request) for request in requests)
         result = precision_recall(real, generated, num_neighbors=self.num_neighbors, device=evaluation.device)
@@ -165,12 +158,15 @@ class PrecisionRecallMetric:
 
 # The published pr50k3 is 50k images and 3 neighbours; after a number without k, an underscore parts the two.
 @register(
-    r"pr(?P<num>\d+k?)(?:_?(?<=[k_])(?P<neighbors>\d+))?(?P<full>_full)?",
-    "pr<N>[_<K>][_full]",
+    r"pr(?P<num>\d+k?)(?:_?(?<=[k_])(?P<neighbors>\d{1,7}))?(?P<full>_full)?",
+    "prN[_K][_full]",
     "precision and recall by balls to the K-th of nearest neighbours, else 3; pr50k3 as published",
 )
 def _make(*, name: str, num_images: int, neighbors: str | None, full: str | None) -> PrecisionRecallMetric:
     num_neighbors = DEFAULT_NEIGHBORS if neighbors is None else int(neighbors)
-    require(num_neighbors >= 1, f"metric {name}", "at least 1 neighbour", num_neighbors)
-    comparison = Comparison(num_images=num_images, all_real=full is not None, max_real=MAX_REAL)
+    expected = f"from 1 neighbour to {num_images - 1} of as many images"
+    require(1 <= num_neighbors < num_images, f"metric {name}", expected, num_neighbors)
+    comparison = Comparison(
+        num_images=num_images, all_real=full is not None, max_real=MAX_REAL, least_real=num_neighbors + 1
+    )
     return PrecisionRecallMetric(name=name, comparison=comparison, num_neighbors=num_neighbors)

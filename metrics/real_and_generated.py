@@ -14,9 +14,6 @@ from metrics.registry import NotApplicable
 from metrics.requests import Cameras, ImageSet, StatsRequest, YawRange
 from training.config import require
 
-LEAST_REAL = 2
-"""Real images below which there is no distribution to speak of."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -28,6 +25,8 @@ class Comparison:
     """All real images, as the published metrics with `_full` in their names; otherwise as many as generated ones."""
     max_real: int | None = None
     """How many real images at most; None is any number."""
+    least_real: int = 2
+    """Real images below which there is no distribution to speak of."""
     cameras: Cameras = "matched"
     """Of generated images."""
     yaw: YawRange | None = None
@@ -35,17 +34,21 @@ class Comparison:
 
     def is_possible(self, evaluation: Evaluation) -> bool:
         """Return whether there are enough real images."""
-        return evaluation.num_real(self.yaw) >= LEAST_REAL
-
-    def require_possible(self, evaluation: Evaluation) -> None:
-        """Raise `NotApplicable` unless there are enough real images."""
-        if not self.is_possible(evaluation):
-            raise NotApplicable(f"the data have {evaluation.num_real(self.yaw)} images from there")
+        return evaluation.num_real(self.yaw) >= self.least_real
 
     def requests(
         self, evaluation: Evaluation, detector: str, *, moments: bool = False, capture: bool = False
     ) -> tuple[StatsRequest, StatsRequest]:
-        """Return requests for features of the real and of the generated images; `capture` is of all of them."""
+        """Return requests for features of the real and of the generated images; `capture` is of all of them.
+
+        Raises:
+            NotApplicable: there are too few real images.
+        """
+        if not self.is_possible(evaluation):
+            there = evaluation.real(yaw=self.yaw).yaw
+            where = "" if there is None else f" with {there}"
+            came = evaluation.num_real(self.yaw)
+            raise NotApplicable(f"the data have {came} images{where}, of which it needs {self.least_real}")
         real, generated = self._image_sets(evaluation)
         most_real = evaluation.num_real(self.yaw) if real.num_images is None else real.num_images
         return (
@@ -80,7 +83,8 @@ def counts(real: FeatureStats, generated: FeatureStats) -> Mapping[str, Any]:
 
 def chosen_detector(evaluation: Evaluation, default: str) -> str:
     """Return the detector of a metric that leaves the choice."""
-    return evaluation.settings.detector or default
+    chosen = evaluation.settings.detector
+    return default if chosen is None else chosen
 
 
 def fixed_detector(evaluation: Evaluation, name: str, detector: str, instead: str | None) -> str:

@@ -42,6 +42,8 @@ class MetricValues:
     curve: Curve | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     """JSON data: counts, thresholds and the like, that a reader needs to compare."""
+    notes: Sequence[str] = ()
+    """Lines below a table about what the numbers depend on, such as another network that was used."""
 
 
 class Metric(Protocol):
@@ -52,7 +54,11 @@ class Metric(Protocol):
         """The canonical name, such as fd500_full."""
 
     def requests(self, evaluation: Evaluation) -> Sequence[StatsRequest]:
-        """Return which statistics it needs; none where it renders on its own."""
+        """Return which statistics it needs; none where it renders on its own.
+
+        Raises:
+            NotApplicable: the metric has no meaning here.
+        """
 
     def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
         """Compute the metric, on all ranks together; all return the same.
@@ -70,6 +76,7 @@ class _Family(NamedTuple):
 
 
 _FAMILIES: list[_Family] = []
+_MOST_DIGITS = 8
 
 
 def register(pattern: str, shown: str, help_text: str) -> Callable[[Callable[..., Metric]], Callable[..., Metric]]:
@@ -83,7 +90,7 @@ def register(pattern: str, shown: str, help_text: str) -> Callable[[Callable[...
     """
 
     def add(make: Callable[..., Metric]) -> Callable[..., Metric]:
-        _FAMILIES.append(_Family(re.compile(pattern), shown, help_text, make))
+        _FAMILIES.append(_Family(re.compile(pattern, re.ASCII), shown, help_text, make))
         return make
 
     return add
@@ -113,6 +120,8 @@ def metric_list() -> list[tuple[str, str]]:
 
 def _count(text: str, name: str) -> int:
     """Return the number that a name has, such as 500 or 50k."""
-    count = int(text.removesuffix("k")) * (1000 if text.endswith("k") else 1)
-    require(2 <= count <= 10_000_000, f"metric {name}", "from 2 to 10 million images", count)
+    digits = text.removesuffix("k")
+    count = int(digits[:_MOST_DIGITS]) * (1000 if text.endswith("k") else 1)
+    fits = len(digits) <= _MOST_DIGITS and 2 <= count <= 10_000_000
+    require(fits, f"metric {name[:40]}", "from 2 to 10 million images", text[:40])
     return count

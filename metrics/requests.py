@@ -35,6 +35,10 @@ class YawRange:
         yaw_deg = np.abs(yaw_deg) if self.absolute else yaw_deg
         return (yaw_deg >= self.low_deg) & (yaw_deg < (np.inf if self.high_deg == 180 else self.high_deg))
 
+    def __str__(self) -> str:
+        """Say it in words, such as `an absolute yaw of 90 to 180 degrees`."""
+        return f"{'an absolute' if self.absolute else 'a'} yaw of {self.low_deg:g} to {self.high_deg:g} degrees"
+
     @property
     def middle_deg(self) -> float:
         """The middle of the range."""

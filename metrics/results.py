@@ -214,7 +214,8 @@ def _notes(results: Sequence[MetricResult]) -> list[str]:
     )
     detectors = [detector for result in results for detector in result.detectors]
     named = dict.fromkeys(f"detector {detector['name']}; resize: {detector['resize']}" for detector in detectors)
-    lines = [*reasons, *named]
+    noted = dict.fromkeys(note for result in results if result.values is not None for note in result.values.notes)
+    lines = [*reasons, *named, *noted]
     return ["\n".join(lines)] if lines else []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from metrics.evaluation import Evaluation, EvaluationSettings
 from metrics.metric_main import compute_metrics, parse_metrics
+from metrics.network_data import all_real_images
 from metrics.results import ResultContext, append_record, result_record
 from metrics.stats_cache import default_cache_dir
 from torch_utils import distributed
@@ -37,7 +37,7 @@ class SnapshotMetrics:
 
     def __init__(self, names: Sequence[str], data: DataConfig, device: torch.device, workers: int) -> None:
         self._metrics = parse_metrics(names)
-        self._data = dataclasses.replace(data, mirror=False, back_repeat=1, max_images=None)
+        self._data = all_real_images(data)
         self._device = device
         self._settings = EvaluationSettings(
             workers=workers,
@@ -60,6 +60,7 @@ class SnapshotMetrics:
         if self._evaluation is None:  # kept, with its detectors
             dataset = HeadDataset(self._data)
             self._evaluation = Evaluation(generator, dataset, self._device, self._settings)
+        self._evaluation.generator = generator
         context = ResultContext(
             network=str(snapshot), data=self._data, settings=self._settings, num_ranks=distributed.world_size()
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from metrics.feature_stats import FeatureStats
@@ -36,6 +38,21 @@ def data_key(dataset: HeadDataset) -> str:
     return digest.hexdigest()
 
 
+def keep(path: Path, write: Callable[[], None]) -> None:
+    """Write a file of a cache in a folder that is made if absent; what cannot be kept is no reason to lose it.
+
+    Args:
+        path: of the file.
+        write: writes it, whole or not at all.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except OSError as error:
+        text = f"warning: {path}: cannot be kept for the next time ({error.strerror or error}); see --cache-dir"
+        print(text, file=sys.stderr, flush=True)
+
+
 class StatsCache:
     """A folder of statistics.
 
@@ -61,5 +78,4 @@ class StatsCache:
     def save(self, key: str, stats: FeatureStats) -> None:
         """Keep statistics; the file appears whole or not at all."""
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            stats.save(self._path(key))
+            keep(self._path(key), lambda: stats.save(self._path(key)))

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dnnlib.workers import map_ordered
 from metrics.detector_interface import DetectorContext
+from metrics.directions import view_directions
 from torch_utils import distributed
 from training.dataset import HeadDataset
 from training.image_reading import HeadReader
@@ -28,7 +29,7 @@ class Examples:
     images: torch.Tensor
     """uint8 [N, 3, S, S]."""
     directions: torch.Tensor
-    """float32 [N, 3]: from where the camera looks, see `view_directions`."""
+    """float32 [N, 3]: from where the camera looks, see `metrics.directions.view_directions`."""
     masks: torch.Tensor | None = None
     """uint8 [N, 1, S, S], where the data set has masks."""
 
@@ -39,16 +40,6 @@ class Examples:
         """Return some of them."""
         masks = None if self.masks is None else self.masks[rows]
         return Examples(images=self.images[rows], directions=self.directions[rows], masks=masks)
-
-
-def view_directions(labels: np.ndarray) -> torch.Tensor:
-    """Return from where cameras look at the head: unit vectors float32 [N, 3] in world axes, +z in front of the face.
-
-    It is minus the viewing direction of labels [N, 25], from which `camera_utils.yaw_pitch_roll_deg` takes its angles;
-    for a camera that looks at the origin, it is the direction of its position.
-    """
-    back = torch.from_numpy(-np.asarray(labels, np.float64)[:, [2, 6, 10]])
-    return functional.normalize(back, dim=1).float()
 
 
 def shrink(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -135,7 +126,8 @@ def read_examples(context: DetectorContext, indices: np.ndarray, size: int, with
             distributed.note_progress()
     pixels = torch.cat(layers)
     masks = pixels[:, 3:4].clone() if reader.has_masks else None
-    return Examples(images=pixels[:, :3].clone(), directions=view_directions(dataset.labels[indices]), masks=masks)
+    directions = torch.from_numpy(view_directions(dataset.labels[indices])).float()
+    return Examples(images=pixels[:, :3].clone(), directions=directions, masks=masks)
 
 
 def _reader(dataset: HeadDataset, with_masks: bool) -> HeadReader:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from metrics.detectors import VIEW_NAME
+from metrics.directions import angle_deg, view_directions, yaw_of
 from metrics.registry import Curve, MetricValues, register
 from metrics.requests import ImageSet, StatsRequest, yaw_bins
-from training.config import require
 
 if TYPE_CHECKING:
     from metrics.evaluation import Evaluation
@@ -23,7 +23,7 @@ FAR_OFF_DEG = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class ViewAccuracy:
-    """Angle between the camera and the view that a picture shows: `view_accuracy<N>` over N generated images.
+    """Angle between the camera and the view that a picture shows: `view_accuracyN` over N generated images.
 
     A network trained on the real images of the data set (detector `view`) says from which direction a picture was
     taken; the error is the angle between that direction and the one of the camera that rendered. Its own error is part
@@ -44,8 +44,8 @@ class ViewAccuracy:
         """Compare the directions with those of the cameras."""
         (request,) = self.requests(evaluation)
         labels, directions = directions_and_labels(evaluation, request.images, stats[request])
-        error_deg = angle_deg(directions, camera_directions(labels))
-        yaw_deg = np.rad2deg(np.arctan2(*camera_directions(labels)[:, [0, 2]].T))
+        cameras = view_directions(labels)
+        error_deg, yaw_deg = angle_deg(directions, cameras), yaw_of(cameras)
         bins = yaw_bins(evaluation.settings.num_yaw_bins)
         per_bin = [error_deg[yaw_range.contains(yaw_deg)] for yaw_range in bins]
         return MetricValues(
@@ -70,7 +70,7 @@ class ViewAccuracy:
 
 @register(
     r"view_accuracy(?P<num>\d+k?)",
-    "view_accuracy<N>",
+    "view_accuracyN",
     "angle between camera and the view that is seen, mean in degrees",
 )
 def make_view_accuracy(name: str, num_images: int) -> ViewAccuracy:
@@ -92,31 +92,3 @@ def directions_and_labels(
     else:
         labels = evaluation.cameras(images)[1]
     return labels[stats.row_indices()], stats.rows()
-
-
-def camera_directions(labels: np.ndarray) -> np.ndarray:
-    """Return from which direction cameras look at the head: unit vectors float64 [N, 3] in world axes, +z in front.
-
-    It is minus the forward axis of labels [N, 25], as in `camera_utils.yaw_pitch_roll_deg`.
-    """
-    back = -np.asarray(labels, np.float64)[:, [2, 6, 10]]
-    return back / np.linalg.norm(back, axis=1, keepdims=True)
-
-
-def angle_deg(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the angles between vectors [N, 3] of any length but 0, float64 [N] in degrees, 0 to 180.
-
-    `2 atan2(|a - b|, |a + b|)` of the unit vectors, which is precise for small angles, where the arc cosine is not
-    (Kahan, "How futile are mindless assessments of roundoff in floating-point computation?", section 12).
-
-    Raises:
-        ValueError: a vector has no direction.
-    """
-    units = []
-    for vectors in (first, second):
-        vectors = np.asarray(vectors, np.float64)
-        length = np.linalg.norm(vectors, axis=1, keepdims=True)
-        require(bool((length > 0).all()), "directions", "vectors of a length above 0", length.min(initial=1.0))
-        units.append(vectors / length)
-    a, b = units
-    return np.rad2deg(2 * np.arctan2(np.linalg.norm(a - b, axis=1), np.linalg.norm(a + b, axis=1)))

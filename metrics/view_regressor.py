@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from metrics.data_training import TrainedNetwork, TrainingPlan, apply_in_batches, conv_block, trained_network
 from metrics.detector_interface import DetectorContext, DetectorInfo, check_request, detection
+from metrics.directions import angle_deg, view_directions, yaw_of
+from metrics.registry import NotApplicable
 from metrics.requests import Output
-from metrics.training_examples import Examples, resize_name, shrink, to_float, view_directions
+from metrics.training_examples import Examples, resize_name, shrink, to_float
 from training.config import require
 
 _MIN_SPREAD_DEG = 5.0
@@ -85,17 +88,18 @@ class ViewTask:
             `median_deg`, `mean_deg`; `above_30_deg`, a share; and if there are views with an absolute yaw of at least
             120 degrees, `back_taken_for_front`: the share of them whose predicted one is below 60.
         """
-        predicted = apply_in_batches(lambda images: predict_directions(network, images), examples.images)
-        error = _angle_deg(predicted, examples.directions)
+        predicted = apply_in_batches(lambda images: predict_directions(network, images), examples.images).numpy()
+        wanted = examples.directions.numpy()
+        error_deg = angle_deg(predicted, wanted)
         report = {
-            "median_deg": error.median().item(),
-            "mean_deg": error.mean().item(),
-            "above_30_deg": (error > _FAR_OFF_DEG).float().mean().item(),
+            "median_deg": float(np.median(error_deg)),
+            "mean_deg": float(error_deg.mean()),
+            "above_30_deg": float((error_deg > _FAR_OFF_DEG).mean()),
         }
-        behind = _absolute_yaw_deg(examples.directions) >= _BEHIND_DEG
+        behind = np.abs(yaw_of(wanted)) >= _BEHIND_DEG
         if behind.any():
-            frontal = _absolute_yaw_deg(predicted[behind]) < _FRONTAL_DEG
-            report["back_taken_for_front"] = frontal.float().mean().item()
+            frontal = np.abs(yaw_of(predicted[behind])) < _FRONTAL_DEG
+            report["back_taken_for_front"] = float(frontal.mean())
         return report
 
 
@@ -153,20 +157,21 @@ def load_view_detector(context: DetectorContext, plan: TrainingPlan | None = Non
         plan: how long to train; None is the usual one.
 
     Raises:
-        ValueError: fewer than 64 images, no cameras, or all cameras on the same side of the head.
+        NotApplicable: fewer than 64 images, or all cameras on the same side of the head.
+        ValueError: no cameras.
     """
     dataset = context.dataset
     where = ", ".join(dataset.config.images)
     require(dataset.config.conditional, "detector view, data", "cameras of the images", "none")
     directions = view_directions(dataset.labels)
-    middle = functional.normalize(directions.mean(0, keepdim=True), dim=1)
-    spread_deg = _angle_deg(directions, middle).mean().item()
-    require(
-        spread_deg >= _MIN_SPREAD_DEG,
-        f"detector view, data {where}",
-        f"cameras all around, or at least {_MIN_SPREAD_DEG:g} degrees from their middle on average",
-        f"{spread_deg:.2f} degrees",
-    )
+    middle = directions.mean(axis=0, keepdims=True)
+    # Without a middle, cameras are all around.
+    spread_deg = angle_deg(directions, middle).mean() if np.linalg.norm(middle) > 1e-9 else 90.0
+    if spread_deg < _MIN_SPREAD_DEG:
+        raise NotApplicable(
+            f"detector view needs cameras all around, or at least {_MIN_SPREAD_DEG:g} degrees from their middle on "
+            f"average, and those of the data are {spread_deg:.2f} degrees from it"
+        )
     return ViewDetector(trained_network(ViewTask(plan), context), where)
 
 
@@ -177,13 +182,3 @@ def _statistics(activations: list[torch.Tensor]) -> torch.Tensor:
         variance, mean = torch.var_mean(activation, (2, 3), correction=0)
         parts += [mean, (variance + _FEATURE_EPS).sqrt()]
     return torch.cat([*parts, activations[-1].mean((2, 3))], 1)
-
-
-def _angle_deg(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the angles [N] between unit vectors [N, 3] or [1, 3], precise for small ones too."""
-    half = torch.atan2((first - second).norm(dim=1), (first + second).norm(dim=1))
-    return torch.rad2deg(2 * half)
-
-
-def _absolute_yaw_deg(directions: torch.Tensor) -> torch.Tensor:
-    return torch.rad2deg(torch.atan2(directions[:, 0], directions[:, 2])).abs()

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from metrics.back_face_rate import BEHIND, is_frontal
+from metrics.directions import view_directions
 from metrics.registry import NotApplicable, parse_metric
 from metrics.stats_pipeline import collect_stats
-from metrics.view_accuracy import camera_directions
 from tests.helpers.evaluations import evaluation_of, stats_of
 from tests.helpers.head_data import head_labels, spread_yaw_deg
 from tests.helpers.stand_ins import Compass, RayTracedGenerator, ReadCompass, TwoFacedGenerator, reflect_depth
@@ -19,7 +19,7 @@ class TwoFacedCompass(TwoFacedGenerator, Compass):
 
 
 def test_is_frontal_threshold_and_sides():
-    directions = camera_directions(head_labels([0, 59, -59, 61, -61, 120, 180, -150]))
+    directions = view_directions(head_labels([0, 59, -59, 61, -61, 120, 180, -150]))
     assert is_frontal(directions).tolist() == [True, True, True, False, False, False, False, False]
 
 
@@ -32,7 +32,7 @@ def test_compute_counts_frontal_pictures_of_each_set():
         ("generated", "random", BEHIND),
         ("real", "matched", BEHIND),
     ]
-    front, back = camera_directions(head_labels([10, 175]))
+    front, back = view_directions(head_labels([10, 175]))
     stats = {}
     for request, num_frontal in zip(requests, (2, 8, 0)):
         stats[request] = stats_of(np.stack([front] * num_frontal + [back] * (8 - num_frontal)), request)
@@ -57,9 +57,8 @@ def test_compute_catches_faces_on_both_sides(tmp_path, generator, expected):
 def test_compute_without_views_from_behind_is_not_applicable():
     evaluation = evaluation_of([-110.0, 0.0, 110.0])
     metric = parse_metric("back_face_rate8")
-    assert list(metric.requests(evaluation)) == []
-    with pytest.raises(NotApplicable, match="no images with a yaw of 120 to 180"):
-        metric.compute(evaluation, {})
+    with pytest.raises(NotApplicable, match="no images with an absolute yaw of 120 to 180 degrees"):
+        metric.requests(evaluation)
 
 
 def test_two_faced_generator_shows_the_mirrored_front_at_the_back():

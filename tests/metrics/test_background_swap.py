@@ -98,6 +98,16 @@ def test_compute_without_masks_takes_a_given_segmenter_or_is_not_applicable(tmp_
     assert computed(tmp_path / "given", Painter(), num=2, data=data, segmenter="red.pt").values["mask_share"] == 0.5
 
 
+def test_compute_of_a_broken_network_is_an_error_and_not_perfect(tmp_path):
+    class Broken(Painter):
+        def render(self, *args, **kwargs):
+            out = super().render(*args, **kwargs)
+            return {**out, "image": out["image"] * float("nan")}
+
+    with pytest.raises(ValueError, match="expected finite pixel values, came NaN or infinity in sample 0 of seed 0"):
+        computed(tmp_path, Broken(), num=2)
+
+
 def test_swap_backgrounds_of_a_network_changes_the_picture_but_not_its_opacity(tmp_path):
     network = tiny_network("dual_spherical", img_resolution=128)
     evaluation = tiny_evaluation(tmp_path, network, count=4, side=128)

@@ -2,11 +2,13 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from metrics import data_training
 from metrics.data_training import TrainingPlan, balanced_order, disturb, trained_network
+from metrics.registry import NotApplicable
 from metrics.training_examples import Examples
 from metrics.view_regressor import ViewTask
 from tests.helpers.ranks import Launch
@@ -77,9 +79,28 @@ def test_cache_saves_training(dataset, tmp_path, monkeypatch):
     assert len(path.read_bytes()) > 100_000  # written over
 
 
-def test_too_few_images_are_an_error(tmp_path):
+def test_cache_of_other_identities_is_not_taken(dataset, tmp_path):
+    context = toy_context(dataset, tmp_path)
+    trained_network(ViewTask(TWO_STEPS), context)
+    dataset.identities = np.arange(len(dataset)) // 2  # in place of what the files say
+    try:
+        trained_network(ViewTask(TWO_STEPS), context)
+    finally:
+        del dataset.identities
+    assert len(list((tmp_path / "detectors").iterdir())) == 2
+
+
+def test_cache_that_cannot_be_written_is_a_warning(dataset, tmp_path, capsys):
+    (tmp_path / "detectors").touch()  # where a folder should be made
+    first = trained_network(ViewTask(TWO_STEPS), toy_context(dataset, tmp_path))
+    assert first.key == trained_network(ViewTask(TWO_STEPS), toy_context(dataset)).key
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be kept for the next time (File exists); see --cache-dir" in line
+
+
+def test_too_few_images_are_not_applicable(tmp_path):
     few = toy_dataset(tmp_path, count=63)
-    with pytest.raises(ValueError, match="detector view, data: expected at least 64 images to train on, got 63"):
+    with pytest.raises(NotApplicable, match="detector view needs at least 64 images to train on, and the data have 63"):
         trained_network(ViewTask(TWO_STEPS), toy_context(few))
 
 

@@ -6,6 +6,7 @@ import torch
 
 import camera_utils
 from metrics.evaluation import EvaluationSettings, frontal_label
+from metrics.registry import NotApplicable
 from metrics.requests import BACK, FRONT, ImageSet, YawRange, yaw_bins
 from tests.helpers.stand_ins import RayTracedGenerator
 from tests.helpers.tiny_evaluations import tiny_evaluation
@@ -125,15 +126,22 @@ def test_data_without_cameras_are_refused(tmp_path):
         tiny_evaluation(tmp_path, data={"conditional": False})
 
 
-def test_range_without_real_images_is_an_error(tmp_path):
+def test_range_without_real_images_is_not_applicable(tmp_path):
     evaluation = tiny_evaluation(tmp_path, RayTracedGenerator(8), count=3, yaw_deg=[0.0, 10.0, 20.0])
-    with pytest.raises(ValueError, match="data: expected images with a yaw in"):
+    with pytest.raises(NotApplicable, match="no images with an absolute yaw of 90 to 180 degrees"):
         evaluation.cameras(evaluation.generated(5, yaw=BACK))
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("seed", -1), ("batch_size", 0), ("truncation_psi", float("nan")), ("mode", "side"), ("num_yaw_bins", 1)],
+    [
+        ("seed", -1),
+        ("batch_size", 0),
+        ("truncation_psi", float("nan")),
+        ("mode", "side"),
+        ("num_yaw_bins", 1),
+        ("detector", " "),
+    ],
 )
 def test_settings_that_mean_nothing_are_errors(field, value):
     with pytest.raises(ValueError, match="expected"):

@@ -201,9 +201,14 @@ def test_fd_takes_the_detector_of_the_settings():
 
 def test_side_without_real_images_is_not_applicable():
     evaluation, metric = evaluation_of([-20.0, 5.0, 30.0, 100.0]), parse_metric("fd_back20_full")
-    assert metric.requests(evaluation) == ()
-    with pytest.raises(NotApplicable, match="1 images"):
-        metric.compute(evaluation, {})
+    with pytest.raises(NotApplicable, match="1 images with an absolute yaw of 90 to 180 degrees, of which it needs 2"):
+        metric.requests(evaluation)
+
+
+def test_mode_without_real_images_is_not_applicable():
+    evaluation = evaluation_of([-20.0, 5.0, 30.0, 100.0], mode="back")
+    with pytest.raises(NotApplicable, match="1 images with an absolute yaw of 90 to 180 degrees, of which it needs 2"):
+        parse_metric("fd20").requests(evaluation)
 
 
 # Over the yaw ---------------------------------------------------------------------------------------------------------
@@ -238,9 +243,8 @@ def test_yaw_value_is_the_mean_of_a_curve_without_empty_ranges():
 
 def test_yaw_without_any_pair_of_images_is_not_applicable():
     evaluation, metric = evaluation_of([-100.0, 10.0], num_yaw_bins=4), parse_metric("fd_yaw40")
-    assert list(metric.requests(evaluation)) == []
     with pytest.raises(NotApplicable, match="no range of yaws"):
-        metric.compute(evaluation, {})
+        metric.requests(evaluation)
 
 
 def test_yaw_with_fewer_than_two_images_per_range_is_refused():

@@ -279,6 +279,18 @@ def test_compare_heads_of_a_network_repeats_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(multi_view_consistency, "PAIRS_PER_HEAD", 1)
     network = tiny_network("dual_spherical", img_resolution=128, neural_rendering_resolution=16)
     evaluation = tiny_evaluation(tmp_path, network, count=4, side=128)
-    first, second = (compare_heads(evaluation, np.arange(2), 2) for _ in range(2))
+    cameras = evaluation.cameras(evaluation.generated(2))
+    first, second = (compare_heads(evaluation, np.arange(2), cameras) for _ in range(2))
     assert first.shape == (2, 5) and np.isfinite(first).all()
     np.testing.assert_array_equal(first, second)
+
+
+def test_compare_heads_of_a_broken_network_is_an_error(tmp_path):
+    class Broken(RayTracedGenerator):
+        def render(self, *args, **kwargs):
+            out = super().render(*args, **kwargs)
+            return {**out, "image": out["image"] * float("nan")}
+
+    evaluation = tiny_evaluation(tmp_path, Broken(16), count=4, side=16)
+    with pytest.raises(ValueError, match="expected finite pixel values, came NaN or infinity in sample 0 of seed 0"):
+        compare_heads(evaluation, np.arange(2), evaluation.cameras(evaluation.generated(2)))

@@ -37,10 +37,18 @@ def test_parse_metric_of_an_unknown_name_lists_those_that_there_are(name):
         parse_metric(name)
 
 
-@pytest.mark.parametrize("name", ["fd0", "fd1", "fd99999k"])
+@pytest.mark.parametrize("name", ["fd0", "fd1", "fd10000001", "fd99999k"])
 def test_parse_metric_with_an_impossible_number_of_images_is_an_error(name):
     with pytest.raises(ValueError, match=f"metric {name}: expected from 2 to 10 million images"):
         parse_metric(name)
+
+
+def test_parse_metric_with_thousands_of_digits_or_other_digits_is_an_error():
+    with pytest.raises(ValueError, match="from 2 to 10 million images, got '9{40}'$"):
+        parse_metric("fd" + "9" * 5000)
+    with pytest.raises(ValueError, match="expected one of"):
+        parse_metric("fd\N{ARABIC-INDIC DIGIT EIGHT}")
+    assert parse_metric("fd10000000").arguments["num_images"] == parse_metric("fd10000k").arguments["num_images"]
 
 
 def test_metric_list_is_for_people():

@@ -169,6 +169,12 @@ def test_results_table_shows_numbers_times_curves_reasons_and_filters():
     ]
 
 
+def test_tables_show_notes_once():
+    noted = result(values=MetricValues(values={"fd8_full": 1.0}, notes=("segmenter a.pt; resize: none",)))
+    for text in (results_table([noted, noted]), comparison_table({"one": [noted], "two": [noted]})):
+        assert text.splitlines().count("segmenter a.pt; resize: none") == 1
+
+
 def test_comparison_table_has_a_row_for_each_network():
     columns = {"before": [result(value=10.0), with_curve()], "after": [result(value=9.0), with_curve(y=(0.5, 0.25))]}
     lines = comparison_table(columns).splitlines()

@@ -12,7 +12,7 @@ import torch
 
 from metrics import stats_pipeline
 from metrics.evaluation import frontal_label
-from metrics.image_streams import ahead, generated_images, to_bytes
+from metrics.image_streams import ahead, generated_images, real_images, to_bytes
 from metrics.requests import BACK, FRONT, ImageSet, StatsRequest
 from metrics.stats_cache import data_key
 from metrics.stats_pipeline import collect_stats
@@ -38,6 +38,16 @@ def test_real_images_are_the_right_ones_each_read_once(tmp_path):
         assert red.tolist() == [evaluation.dataset.locate(item)[0] for item in evaluation.items(images)]
 
 
+def test_real_images_are_read_in_batches_of_their_own_size(tmp_path):
+    found = []
+    for batch_size in (1, 5):
+        evaluation = tiny_evaluation(tmp_path / str(batch_size), count=70, batch_size=batch_size)
+        batches = list(real_images(evaluation, np.arange(70)))
+        assert [len(batch.indices) for batch in batches] == [64, 6]
+        found.append(torch.cat([batch.images for batch in batches]))
+    assert found[0].equal(found[1])
+
+
 def test_requests_that_differ_in_extent_share_one_object(tmp_path):
     evaluation = tiny_evaluation(tmp_path)
     requests = [
@@ -60,6 +70,14 @@ def test_generated_sets_of_the_same_cameras_are_rendered_once(tmp_path):
     assert found[short].num_items == 3
 
 
+def test_generated_image_does_not_depend_on_where_its_set_ends(tmp_path):
+    G = tiny_network("dual_spherical", img_resolution=128)
+    evaluation = tiny_evaluation(tmp_path, G, count=4, side=128, batch_size=3)
+    few, many = (list(generated_images(evaluation, evaluation.generated(num))) for num in (2, 4))
+    assert [batch.indices.tolist() for batch in few + many] == [[0, 1], [0, 1, 2], [3]]
+    assert few[0].images.equal(many[0].images[:2])
+
+
 def test_generated_images_with_equal_cameras_are_those_of_the_published_call(tmp_path):
     G = tiny_network("dual_spherical", img_resolution=128)
     evaluation = tiny_evaluation(tmp_path, G, count=4, side=128, batch_size=2)
@@ -79,7 +97,7 @@ def test_generated_images_of_mode_back_take_the_frontal_condition_and_no_offset(
     monkeypatch.setattr(G, "mapping", lambda z, c, **rest: told.append(c) or mapping(z, c, **rest))
     monkeypatch.setattr(G, "apply_delta_c", lambda *_, **__: pytest.fail("expected no camera offset"))
     list(generated_images(evaluation, evaluation.generated(2)))
-    torch.testing.assert_close(told[0], frontal_label().expand(2, -1), rtol=0, atol=0)  # copied
+    torch.testing.assert_close(told[0], frontal_label().expand(4, -1), rtol=0, atol=0)  # copied; a whole batch
 
 
 def test_to_bytes_is_the_published_conversion():

@@ -6,23 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.training_examples import limit, read_examples, shrink, split, unique_items, view_directions
-from tests.helpers.head_data import head_labels
+from metrics.training_examples import limit, read_examples, shrink, split, unique_items
 from tests.helpers.toy_views import toy_context, toy_dataset
-from training.head_labels import view_angles_deg
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return toy_dataset(tmp_path_factory.mktemp("data"))
-
-
-def test_view_directions_are_those_of_yaw_and_pitch():
-    labels = head_labels([0.0, 90.0, -135.0], pitch_deg=20.0)
-    x, y, z = view_directions(labels).T.numpy()
-    angles = np.stack([np.rad2deg(np.arctan2(x, z)), np.rad2deg(np.arcsin(y))], 1)
-    np.testing.assert_allclose(angles, view_angles_deg(labels)[:, :2], atol=1e-4)  # float32 degrees
-    np.testing.assert_allclose(angles[:, 0], [0, 90, -135], atol=1e-4)
 
 
 def test_shrink_averages_and_enlarges():

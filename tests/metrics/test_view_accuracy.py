@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from metrics.directions import view_directions
 from metrics.registry import parse_metric
 from metrics.stats_pipeline import collect_stats
-from metrics.view_accuracy import angle_deg, camera_directions
 from tests.helpers.evaluations import evaluation_of, stats_of
-from tests.helpers.head_data import head_labels, spread_yaw_deg
+from tests.helpers.head_data import spread_yaw_deg
 from tests.helpers.stand_ins import Compass, ReadCompass
 from tests.helpers.tiny_evaluations import tiny_evaluation
 
@@ -19,35 +19,12 @@ def computed(folder, generator, name, **settings):
     return metric.compute(evaluation, collect_stats(evaluation, metric.requests(evaluation)))
 
 
-@pytest.mark.parametrize("yaw_deg, expected", [(0, (0, 0, 1)), (90, (1, 0, 0)), (180, (0, 0, -1)), (-90, (-1, 0, 0))])
-def test_camera_directions_known_yaws(yaw_deg, expected):
-    # float32 labels
-    np.testing.assert_allclose(camera_directions(head_labels([yaw_deg])), [expected], atol=1e-6)
-
-
-def test_camera_directions_point_to_the_camera():
-    labels = head_labels(spread_yaw_deg(7), 0.3)
-    np.testing.assert_allclose(camera_directions(labels), labels[:, [3, 7, 11]] / 2.7, atol=1e-6)  # float32
-
-
-def test_angle_deg_known_angles_of_any_length():
-    x, y = np.array([1.0, 0, 0]), np.array([0, 2.0, 0])
-    first = np.stack([x, x, x, x])
-    second = np.stack([x * 3, y, -x, x + 1e-9 * y])
-    np.testing.assert_allclose(angle_deg(first, second), [0, 90, 180, np.rad2deg(2e-9)], rtol=1e-12, atol=1e-15)
-
-
-def test_angle_deg_of_a_vector_without_direction_is_refused():
-    with pytest.raises(ValueError, match="directions: expected vectors of a length above 0"):
-        angle_deg(np.zeros((1, 3)), np.ones((1, 3)))
-
-
 def test_compute_values_of_known_errors():
     evaluation = evaluation_of(spread_yaw_deg(12), num_yaw_bins=4)
     evaluation.use_detectors({"view": ReadCompass()})
     metric = parse_metric("view-accuracy4")
     (request,) = metric.requests(evaluation)
-    seen = camera_directions(evaluation.cameras(request.images)[1])
+    seen = view_directions(evaluation.cameras(request.images)[1])
     seen[1] = -seen[1]
     seen[2] = np.cross(seen[2], [0, 1, 0])
     found = metric.compute(evaluation, {request: stats_of(seen, request)})
