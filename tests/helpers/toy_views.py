@@ -14,7 +14,7 @@ from tests.helpers.head_data import HeadFiles, encoded, head_labels, item_name, 
 from training.dataset import HeadDataset
 
 SIDE = 32
-QUICK = TrainingPlan(min_seen=1, max_seen=2400, batch_size=16, learning_rate=1e-2)
+QUICK = TrainingPlan(min_seen=1, max_seen=1200, batch_size=16, learning_rate=1e-2)
 
 
 def ball(yaw_deg: float) -> tuple[np.ndarray, np.ndarray]:

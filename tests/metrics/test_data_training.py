@@ -146,5 +146,5 @@ def test_plan_bounds_the_time():
     assert plan.num_steps(64) * 32 == pytest.approx(5_000, abs=32)
     assert plan.num_steps(400) * 32 == pytest.approx(10_000, abs=32)
     assert plan.num_steps(6_000) * 32 == pytest.approx(42_000, abs=32)
-    assert QUICK.num_steps(96) == 150
+    assert QUICK.num_steps(96) == 75
     assert [plan.most_images(side) for side in (64, 512, 1 << 14)] == [8192, 4096, 64]

@@ -14,8 +14,18 @@ def test_parse_metrics_expands_lists_and_keeps_each_once():
 
 def test_metrics_that_data_do_not_allow_are_listed_and_the_others_computed(tmp_path):
     # Too few images for `view` to learn from, and none of them from behind.
-    evaluation = tiny_evaluation(tmp_path, RayTracedGenerator(8), yaw_deg=[0.0, 30.0, 60.0], count=3, detector="colours")
-    names = ["view_accuracy4", "fd4_full", "fd_back4_full", "back_face_rate4", "kd4_full", "mv_consistency2", "pr4_full"]
+    evaluation = tiny_evaluation(
+        tmp_path, RayTracedGenerator(8), yaw_deg=[0.0, 30.0, 60.0], count=3, detector="colours"
+    )
+    names = [
+        "view_accuracy4",
+        "fd4_full",
+        "fd_back4_full",
+        "back_face_rate4",
+        "kd4_full",
+        "mv_consistency2",
+        "pr4_full",
+    ]
     found = {result.metric: result for result in compute_metrics(parse_metrics(names), evaluation)}
     assert list(found) == names
     assert {name for name, result in found.items() if result.values is not None} == {"fd4_full", "kd4_full"}

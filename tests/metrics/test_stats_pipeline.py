@@ -19,8 +19,10 @@ from metrics.stats_pipeline import collect_stats
 from tests.helpers.head_data import HeadFiles, encoded, item_name, picture
 from tests.helpers.ranks import Launch
 from tests.helpers.stand_ins import NoiseGenerator, RayTracedGenerator
+from tests.helpers.threads import one_thread  # noqa: F401
 from tests.helpers.tiny import tiny_network
 from tests.helpers.tiny_evaluations import MeanColors, tiny_evaluation
+from torch_utils import distributed
 from training.dataset import HeadDataset
 
 
@@ -213,31 +215,33 @@ def test_data_key_of_a_folder_changes_with_the_time_of_a_file(tmp_path):
 
 # ---- ranks ----
 
-RANKS = """
-import json, sys
-from pathlib import Path
-import torch
-from tests.helpers.tiny_evaluations import tiny_evaluation
-from tests.helpers.stand_ins import NoiseGenerator
-from metrics.stats_pipeline import collect_stats
-from metrics.requests import StatsRequest
-from torch_utils import distributed
-torch.set_num_threads(1)
-with distributed.session(torch.device("cpu")):
-    folder = Path(sys.argv[1])
-    evaluation = tiny_evaluation(folder / f"data{distributed.rank()}", NoiseGenerator(8), count=10)
+
+def write_statistics(folder):
+    """Write what this rank gets of all; the images are read from a folder of its own."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    evaluation = tiny_evaluation(folder / f"data{rank}of{ranks}", NoiseGenerator(8), count=70)
     sets = [evaluation.real(), evaluation.generated(11)]
     requests = [StatsRequest(images=images, detector="colours", moments=True, capture=100) for images in sets]
     found = collect_stats(evaluation, requests)
     out = [(s.rows().tolist(), [a.tolist() for a in s.mean_cov()]) for s in map(found.get, requests)]
-    (folder / f"out{distributed.rank()}of{distributed.world_size()}.json").write_text(json.dumps(out))
+    (folder / f"out{rank}of{ranks}.json").write_text(json.dumps(out))
+
+
+RANKS = """
+import sys
+from pathlib import Path
+import torch
+from tests.metrics.test_stats_pipeline import write_statistics
+from torch_utils import distributed
+with distributed.session(torch.device("cpu")):
+    write_statistics(Path(sys.argv[1]))
 """
 
 
 def test_two_ranks_get_what_one_gets(tmp_path):
-    for processes in (1, 2):
-        outcome = Launch([sys.executable, "-c", RANKS, str(tmp_path)], processes).finish()
-        assert outcome.status == 0, outcome.err
+    write_statistics(tmp_path)
+    outcome = Launch([sys.executable, "-c", RANKS, str(tmp_path)], 2, environment={"OMP_NUM_THREADS": "1"}).finish()
+    assert outcome.status == 0, outcome.err
     results = [json.loads((tmp_path / name).read_text()) for name in ("out0of1.json", "out0of2.json", "out1of2.json")]
     for one, other in ((results[0], results[1]), (results[1], results[2])):
         for (rows, moments), (rows2, moments2) in zip(one, other):
