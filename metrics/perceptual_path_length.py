@@ -77,7 +77,7 @@ class PerceptualPathLength:
 
 @register(
     r"ppl(?!2_wend)(?P<num>\d+k?)_w(?P<place>end|full)?",
-    "pplN_wend",
+    "pplN_w[end|full]",
     "perceptual path length in W from fixed cameras",
 )
 def make_path_length(name: str, num_images: int, place: Place | None) -> PerceptualPathLength:
