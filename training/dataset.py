@@ -39,6 +39,7 @@ from training.train_config import DataConfig
 _DECODED_AT_START = 256  # images
 _PROBES_PER_TASK = 500
 _MAX_PROBE_WORKERS = 8
+_MAX_SKIPPED_SHOWN = 20  # lines about images that were left out
 
 
 class HeadDataset(torch.utils.data.Dataset):
@@ -162,6 +163,16 @@ class HeadDataset(torch.utils.data.Dataset):
         for item in self._chosen:
             digest.update("\0".join(map(str, self.reader.items[item])).encode("utf-8", "surrogateescape") + b"\n")
         return digest.hexdigest()
+
+    def describe(self) -> list[str]:
+        """Return lines for people: what there is, and some of what was left out."""
+        maps = [name for name, there in (("masks", self.has_masks), ("parsing maps", self.has_parsing)) if there]
+        with_maps = f" with {' and '.join(maps)}" if maps else ""
+        lines = [f"data: {len(self)} images of {self.resolution} px{with_maps}"]
+        if self.skipped:
+            lines.append(f"data: {len(self.skipped)} left out, such as:")
+            lines += [f"  {line}" for line in self.skipped[:_MAX_SKIPPED_SHOWN]]
+        return lines
 
     def locate(self, index: int) -> tuple[int, bool]:
         """Return which of `reader`'s images an item is, and whether it is flipped."""

@@ -13,6 +13,7 @@ from dnnlib import serialize
 from torch_utils import checkpoint
 from training.config import DiscriminatorConfig, GeneratorConfig
 from training.dual_discriminator import Discriminator
+from training.train_config import TrainConfig
 from training.triplane import TriPlaneGenerator
 
 NETWORK_NAMES = ("G", "D", "G_ema")
@@ -23,6 +24,21 @@ _KINDS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
 }
 # Published training snapshots carry this statistic of their data set, which the networks never read.
 OPTIONAL_TENSORS = frozenset({"dataset_label_std"})
+
+
+def snapshot_path(run_dir: Path, cur_nimg: int) -> Path:
+    """Return the file of a snapshot after so many images: `network-snapshot-<kimg, six digits>.safetensors`."""
+    return run_dir / f"network-snapshot-{cur_nimg // 1000:06d}.safetensors"
+
+
+def provenance_of(config: TrainConfig, cur_nimg: int) -> dict[str, Any]:
+    """Return what a training's snapshot says about where its weights come from."""
+    return {
+        "preset": config.preset,
+        "data": list(config.data.images),
+        "cur_nimg": cur_nimg,
+        "seed": config.loop.seed,
+    }
 
 
 def save_networks(

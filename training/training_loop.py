@@ -47,7 +47,7 @@ from training.reconstruction import Reconstruction, Views
 from training.run_log import RunLog
 from training.schedules import ScheduleValues, schedule_values
 from training.skipped_steps import PhaseRecord, SkippedSteps, describe_skip, diagnose
-from training.snapshots import save_networks
+from training.snapshots import provenance_of, save_networks, snapshot_path
 from training.tick_clock import TickClock
 from training.train_config import TrainConfig
 from training.triplane import TriPlaneGenerator
@@ -56,7 +56,6 @@ from training.view_pairs import ViewPairs
 from training.volumetric_rendering.renderer import RendererChoice
 
 _INIT_STREAM, _STEP_STREAM = 0, 1  # of the seed: initial weights; training steps
-_MAX_SKIPPED_SHOWN = 20  # lines about images that were left out
 _D_MAIN = ("Dmain", "Dboth")
 _REAL_INPUTS = ("image", "image_mask", "image_parsing")
 
@@ -124,7 +123,8 @@ class Trainer:
             world_size=distributed.world_size(),
         )
         self.dataset = request.dataset
-        self._report_dataset()
+        for line in self.dataset.describe():
+            log.line(line)
         self.labels = torch.from_numpy(self.dataset.labels).to(self.device)
 
         rng.seed_all(loop.seed, _INIT_STREAM)
@@ -167,15 +167,6 @@ class Trainer:
         reconstruction = Reconstruction(self.G, config, self.dataset.has_masks)
         distributed.broadcast_module(reconstruction.encoder)
         return reconstruction
-
-    def _report_dataset(self) -> None:
-        data = self.dataset
-        maps = [name for name, there in (("masks", data.has_masks), ("parsing maps", data.has_parsing)) if there]
-        self.log.line(f"data: {len(data)} images of {data.resolution} px" + "".join(f" with {name}" for name in maps))
-        if data.skipped:
-            self.log.line(f"data: {len(data.skipped)} left out, such as:")
-            for line in data.skipped[:_MAX_SKIPPED_SHOWN]:
-                self.log.line(f"  {line}")
 
     # ---- one step ----
 
@@ -327,7 +318,9 @@ class Trainer:
         if save_state:
             self._save_state()
         if evaluate:
-            self.log.metrics(self.evaluate(self.G_ema, self._snapshot_path()), progress.cur_nimg)
+            self.log.metrics(
+                self.evaluate(self.G_ema, snapshot_path(self.run_dir, progress.cur_nimg)), progress.cur_nimg
+            )
         self.clock.end_maintenance()
 
     def _scalars(self, loader: BatchLoader) -> dict[str, float]:
@@ -354,21 +347,12 @@ class Trainer:
             for name, path in save_fakes(self.run_dir, self.G_ema, self.progress.cur_nimg, self.grid).items():
                 self.log.images(name, path, self.progress.cur_nimg)
 
-    def _snapshot_path(self) -> Path:
-        return self.run_dir / f"network-snapshot-{self.progress.cur_nimg // 1000:06d}.safetensors"
-
     def _save_snapshot(self) -> None:
         """Write G, D and G_ema with their configuration; density noise, a training schedule, stays out."""
-        if not distributed.is_main():
-            return
-        provenance = {
-            "preset": self.config.preset,
-            "data": list(self.config.data.images),
-            "cur_nimg": self.progress.cur_nimg,
-            "seed": self.config.loop.seed,
-        }
-        networks = {"G": self.G, "D": self.D, "G_ema": self.G_ema}
-        save_networks(self._snapshot_path(), networks, provenance)
+        if distributed.is_main():
+            networks = {"G": self.G, "D": self.D, "G_ema": self.G_ema}
+            path = snapshot_path(self.run_dir, self.progress.cur_nimg)
+            save_networks(path, networks, provenance_of(self.config, self.progress.cur_nimg))
 
     def _state_objects(self, progress: dict[str, Any]) -> dict[str, Any]:
         """Return everything that a state holds, by name."""

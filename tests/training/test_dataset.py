@@ -246,6 +246,7 @@ def test_defect_is_an_error_that_names_the_file_or_is_skipped(tmp_path, defect, 
     assert VICTIM.removesuffix(".png") in str(error.value) and str(tmp_path) in str(error.value)
     dataset = HeadDataset(files.write(tmp_path, zipped, skip_bad=True))
     assert len(dataset.skipped) == 1 and re.search(message, dataset.skipped[0])
+    assert dataset.describe()[1:] == ["data: 1 left out, such as:", f"  {dataset.skipped[0]}"]
     kept = 12 if defect == "two images of a name" else 11
     assert len(dataset) == kept and (4 in numbers(dataset)) == (kept == 12)
 
@@ -426,3 +427,9 @@ def test_many_images_are_checked_by_several_processes(tmp_path):
     files.labels = dict.fromkeys(files.images, head_labels([0.0])[0].tolist())
     with pytest.raises(ValueError, match="01234.png: cannot be decoded"):
         HeadDataset(files.write(tmp_path, zipped=True, masks=(), parsing=(), parsing_classes=0))
+
+
+def test_describe_says_what_there_is(tmp_path):
+    assert HeadDataset(HeadFiles(3).write(tmp_path, mirror=True)).describe() == [
+        "data: 6 images of 8 px with masks and parsing maps"
+    ]
