@@ -41,7 +41,7 @@ from training.train_config import DataConfig
 from training.volumetric_rendering.renderer import RendererChoice
 
 _SYNTHETIC_SIZE = 500, 4  # identities, views of each
-_LABEL = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
+_LABEL = re.compile(r"([^=/\\:?#]+)=(.+)", re.DOTALL)  # nothing that a URL has before its first equals sign
 _METRICS_HELP = f"Names joined by commas, or {', '.join(name for name in PRESETS if PRESETS[name])}; --list shows them."
 _OUTDIR_HELP = "Where metric-<name>.jsonl go.  [default: the run folder in which the network lies, else none]"
 
