@@ -144,7 +144,7 @@ def compare(networks: tuple[str, ...], out: Path | None, **options: Any) -> None
         python calc_metrics.py compare a.pkl b.pkl --data imgs.zip --out compare.png
         python calc_metrics.py compare before=a.pkl after=b.pkl --metrics fd_yaw500_full --out compare.svg
     """
-    if out is not None:
+    if out is not None and not options["dry_run"]:
         check_picture(out)
     _run(_labelled(networks), options, functools.partial(_show_comparison, out))
 

@@ -103,7 +103,7 @@ set_up() {
     is_new_enough "$python" || die "$python: expected Python 3.10 or newer, came $("$python" -V 2>&1)"
     rm -f "$stamp"
     has_torch "$python" || install_torch
-    pip_install --editable "${root}[meshes,test]"
+    pip_install --editable "${root}[meshes,plots,test]"
     has_torch "$python" || die "torch does not import in $env; see: $python -c 'import torch'"
     wanted_stamp >"$stamp.tmp"
     mv "$stamp.tmp" "$stamp"

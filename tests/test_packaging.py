@@ -53,7 +53,7 @@ def test_environment_yml_lists_what_pyproject_requires(repo_root, project):
     text = (repo_root / "environment.yml").read_text(encoding="utf-8")
     listed = [line.split(" #")[0].strip() for line in re.findall(r"^      - (.*)$", text, re.MULTILINE)]
     extras = project["optional-dependencies"]
-    assert listed == project["dependencies"] + extras["meshes"] + extras["test"]
+    assert listed == project["dependencies"] + extras["meshes"] + extras["plots"] + extras["test"]
     assert f"- python{project['requires-python']}\n" in text
 
 
@@ -125,7 +125,7 @@ def installs(calls):
 
 def test_run_first_time_makes_an_environment_and_second_time_only_runs(sandbox):
     done, calls = sandbox.run("python", "-m", "site")
-    editable = f"--editable|{sandbox.root}[meshes,test]"
+    editable = f"--editable|{sandbox.root}[meshes,plots,test]"
     assert done.returncode == 0, done.stderr
     assert installs(calls) == ["torch==2.13.0", editable]
     assert [line[:15] for line in done.stderr.splitlines()] == ["run.sh: setting", "run.sh: ready: "]
@@ -143,7 +143,7 @@ def test_run_changed_pyproject_installs_again_without_starting_over(sandbox):
     with open(sandbox.root / "pyproject.toml", "a") as file:
         file.write("\n")
     _, calls = sandbox.run("python", "x.py")
-    assert installs(calls) == [f"--editable|{sandbox.root}[meshes,test]"]
+    assert installs(calls) == [f"--editable|{sandbox.root}[meshes,plots,test]"]
     assert kept.exists()
 
 
@@ -203,7 +203,7 @@ def test_run_torch_build_follows_the_machine(sandbox, gpu, variables, expected):
     if not sys.platform.startswith("linux"):
         pytest.skip("other systems have one build")
     _, calls = sandbox.run("python", "x.py", VIRTUAL_ENV=sandbox.environment(), **variables)
-    assert installs(calls) == [*expected, f"--editable|{sandbox.root}[meshes,test]"]
+    assert installs(calls) == [*expected, f"--editable|{sandbox.root}[meshes,plots,test]"]
 
 
 @pytest.mark.parametrize(("torch", "flag"), [("", False), ("1", True)])
