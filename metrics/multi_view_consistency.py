@@ -20,6 +20,7 @@ from camera_utils import split_label, yaw_pitch_roll_deg
 from metrics.registry import Curve, MetricValues, NotApplicable, register
 from metrics.requests import StatsRequest, yaw_bins
 from training.config import require
+from training.image_metrics import K1, K2, WINDOW_SIZE, window_mean
 from training.networks_stylegan2 import SynthesisOptions
 from training.volumetric_rendering.ray_sampler import sample_rays
 
@@ -39,13 +40,10 @@ mean of near and far, and a pixel is a long piece of surface."""
 BEHIND = 0.03
 """A point is hidden in the other view if that view's surface is nearer by more, in sides of the box."""
 MAX_PSNR_DB = 100.0
-WINDOW_SIZE = 11
-"""Of SSIM, in pixels; this and its other constants are those of `training.image_metrics`."""
 
 _PEAK = 2.0  # of values in [-1, 1]
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-_WINDOW_SIGMA = 1.5
-_C1, _C2 = (0.01 * _PEAK) ** 2, (0.03 * _PEAK) ** 2
+_C1, _C2 = (K1 * _PEAK) ** 2, (K2 * _PEAK) ** 2
 
 
 class View(NamedTuple):
@@ -373,11 +371,11 @@ def masked_ssim(image: torch.Tensor, target: torch.Tensor, weight: torch.Tensor)
     side = min(image.shape[2:])
     require(side >= WINDOW_SIZE, "image", f"at least {WINDOW_SIZE} pixels high and wide for SSIM", side)
     x, y, m = (t.double() for t in (image, target, weight))
-    total = _window_mean(m)
+    total = window_mean(m)
     safe = torch.where(total > 0, total, 1)
 
     def mean(values: torch.Tensor) -> torch.Tensor:
-        return _window_mean(values * m) / safe
+        return window_mean(values * m) / safe
 
     mean_x, mean_y = mean(x), mean(y)
     var_x, var_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
@@ -388,13 +386,3 @@ def masked_ssim(image: torch.Tensor, target: torch.Tensor, weight: torch.Tensor)
     inner = m[..., border:-border, border:-border]
     count = inner.sum((1, 2, 3))
     return ((similarity * inner).sum((1, 2, 3)) / torch.where(count > 0, count, 1)).to(image.dtype)
-
-
-def _window_mean(x: torch.Tensor) -> torch.Tensor:
-    """Return Gaussian means `[B, C, H - 10, W - 10]`."""
-    offsets = torch.arange(WINDOW_SIZE, dtype=x.dtype, device=x.device) - WINDOW_SIZE // 2
-    taps = torch.exp(-(offsets**2) / (2 * _WINDOW_SIGMA**2))
-    taps = taps / taps.sum()
-    planes = x.flatten(0, 1)[:, None]  # [B * C, 1, H, W]
-    planes = functional.conv2d(functional.conv2d(planes, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
-    return planes.unflatten(0, x.shape[:2])[:, :, 0]

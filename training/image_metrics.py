@@ -11,9 +11,10 @@ from torch_utils.pictures import colors_to_uint8
 from training.config import require
 
 _PEAK = 255.0
-_WINDOW_SIZE = 11
+WINDOW_SIZE = 11
+"""Of SSIM, in pixels."""
 _WINDOW_SIGMA = 1.5
-_K1, _K2 = 0.01, 0.03
+K1, K2 = 0.01, 0.03
 
 
 def l2(image: torch.Tensor, target: torch.Tensor) -> float:
@@ -77,12 +78,12 @@ def ssim(image: torch.Tensor, target: torch.Tensor) -> float:
     """
     x, y = _as_shown(image, target)
     side = min(x.shape[2:])
-    require(side >= _WINDOW_SIZE, "image", f"at least {_WINDOW_SIZE} pixels high and wide for SSIM", side)
-    mean_x, mean_y = _window_mean(x), _window_mean(y)
-    var_x = _window_mean(x * x) - mean_x**2
-    var_y = _window_mean(y * y) - mean_y**2
-    var_difference = _window_mean((x - y) ** 2) - (mean_x - mean_y) ** 2
-    c1, c2 = (_K1 * _PEAK) ** 2, (_K2 * _PEAK) ** 2
+    require(side >= WINDOW_SIZE, "image", f"at least {WINDOW_SIZE} pixels high and wide for SSIM", side)
+    mean_x, mean_y = window_mean(x), window_mean(y)
+    var_x = window_mean(x * x) - mean_x**2
+    var_y = window_mean(y * y) - mean_y**2
+    var_difference = window_mean((x - y) ** 2) - (mean_x - mean_y) ** 2
+    c1, c2 = (K1 * _PEAK) ** 2, (K2 * _PEAK) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     return (luminance * (1 - structure_error(var_x, var_y, var_difference, c2))).mean().item()
 
@@ -122,9 +123,9 @@ def _squared_difference(image: torch.Tensor, target: torch.Tensor) -> torch.Tens
     return (x - y) ** 2
 
 
-def _window_mean(x: torch.Tensor) -> torch.Tensor:
-    """Return Gaussian means `[B, C, H - 10, W - 10]`."""
-    offsets = torch.arange(_WINDOW_SIZE, dtype=x.dtype) - _WINDOW_SIZE // 2
+def window_mean(x: torch.Tensor) -> torch.Tensor:
+    """Return means `[B, C, H - 10, W - 10]` of images `[B, C, H, W]` under the Gaussian window of SSIM."""
+    offsets = torch.arange(WINDOW_SIZE, dtype=x.dtype, device=x.device) - WINDOW_SIZE // 2
     taps = torch.exp(-(offsets**2) / (2 * _WINDOW_SIGMA**2))
     taps = taps / taps.sum()
     planes = x.flatten(0, 1)[:, None]  # [B * C, 1, H, W]
