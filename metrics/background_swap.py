@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 
 from metrics.evaluation import frontal_label
 from metrics.image_streams import to_bytes
-from metrics.registry import MetricValues, NotApplicable, register
+from metrics.registry import MetricValues, NotApplicable, RendersOnItsOwn, register
 from metrics.requests import StatsRequest
 from metrics.segmenter import Segmenter, load_segmenter
 from training.networks_stylegan2 import SynthesisOptions
@@ -25,7 +25,7 @@ TRUNCATION_PSI = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackgroundSwap:
+class BackgroundSwap(RendersOnItsOwn):
     """Difference of the masks of a head before two backgrounds: `background_swapN` over N pairs; published 64.
 
     A pair is two latents, conditioned on the frontal camera and truncated with psi = 0.7. The first is rendered from
@@ -45,10 +45,6 @@ class BackgroundSwap:
 
     name: str
     num_images: int
-
-    def requests(self, evaluation: Evaluation) -> Sequence[StatsRequest]:
-        """Return none: it renders on its own."""
-        return ()
 
     def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
         """Render the pairs and compare their masks; collective.

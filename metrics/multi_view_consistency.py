@@ -8,7 +8,7 @@ count; what the superresolution repaints with the camera, and texture that stick
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from camera_utils import split_label, yaw_pitch_roll_deg
-from metrics.registry import Curve, MetricValues, NotApplicable, register
+from metrics.registry import Curve, MetricValues, NotApplicable, RendersOnItsOwn, register
 from metrics.requests import StatsRequest, yaw_bins
 from training.config import require
 from training.image_metrics import K1, K2, WINDOW_SIZE, window_mean
@@ -74,7 +74,7 @@ class Overlap(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiViewConsistency:
+class MultiViewConsistency(RendersOnItsOwn):
     """PSNR of neighbouring views where they show the same: `mv_consistencyN` for N heads.
 
     For head i, the camera of sample i is turned about the vertical axis to four places 90 degrees apart, which wander
@@ -98,10 +98,6 @@ class MultiViewConsistency:
 
     name: str
     num_images: int
-
-    def requests(self, evaluation: Evaluation) -> Sequence[StatsRequest]:
-        """Return none: it renders on its own."""
-        return ()
 
     def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
         """Render the pairs and compare them; collective.

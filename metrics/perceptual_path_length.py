@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
-from metrics.registry import MetricValues, register
+from metrics.registry import MetricValues, RendersOnItsOwn, register
 from metrics.requests import StatsRequest
 from training.config import require
 from training.networks_stylegan2 import SynthesisOptions
@@ -29,7 +29,7 @@ PUBLISHED_SAMPLES = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerceptualPathLength:
+class PerceptualPathLength(RendersOnItsOwn):
     """Mean perceptual distance per step along lines in W: `pplN_wend` and `pplN_wfull` over N pairs of latents.
 
     Karras et al. 2019, "A style-based generator architecture for generative adversarial networks", section 4.1:
@@ -49,10 +49,6 @@ class PerceptualPathLength:
     name: str
     num_images: int
     place: Place = "end"
-
-    def requests(self, evaluation: Evaluation) -> Sequence[StatsRequest]:
-        """Return none: it renders on its own."""
-        return ()
 
     def compute(self, evaluation: Evaluation, stats: Mapping[StatsRequest, FeatureStats]) -> MetricValues:
         """Render the steps and measure them; collective.

@@ -68,6 +68,14 @@ class Metric(Protocol):
         """
 
 
+class RendersOnItsOwn:
+    """What metrics that need no statistics share."""
+
+    def requests(self, evaluation: Evaluation) -> Sequence[StatsRequest]:
+        """Return none: it renders on its own."""
+        return ()
+
+
 class _Family(NamedTuple):
     pattern: re.Pattern[str]
     shown: str
