@@ -37,7 +37,7 @@ _GENERATOR_CLASS = "TriPlaneGenerator"
 _GENERATOR_ARGUMENTS = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
 _DISCRIMINATOR_ARGUMENTS = ("c_dim", "img_resolution", "img_channels")
 # What the published code does that this project does otherwise by default; see docs/differences.md.
-_PUBLISHED_RENDERING = {"depth_clamp": "batch", "auto_range_of_misses": "nearest"}
+_PUBLISHED_RENDERING = {"depth_clamp": "batch", "auto_range_of_misses": "nearest", "importance_draws": "random"}
 _MAX_ARGUMENT_VALUES = 10_000
 _MAX_ARGUMENT_DEPTH = 20
 _MAX_DIFFERENCES = 4  # on top of each other

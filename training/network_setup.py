@@ -26,7 +26,12 @@ class TrainingNetworks(NamedTuple):
 
 
 # Settings that published weights were trained with; see docs/differences.md, "Quirks kept".
-_HABITS = ("rendering.depth_clamp", "rendering.auto_range_of_misses", "superresolution.first_rgb_replaces_raw")
+_HABITS = (
+    "rendering.depth_clamp",
+    "rendering.auto_range_of_misses",
+    "rendering.importance_draws",
+    "superresolution.first_rgb_replaces_raw",
+)
 
 
 def keep_habits(config: TrainConfig, start: Mapping[str, nn.Module | None]) -> TrainConfig:

@@ -32,8 +32,8 @@ from training.triplane import TriPlaneGenerator
 
 ENCODER_SIZE = 64
 """Side of the views that the encoder sees, in pixels; larger ones are averaged down."""
-_CHANNELS = (32, 64, 128, 192)  # of layers that halve the side, from 64 to 4 pixels
-_HIDDEN = 384
+_CHANNELS = (32, 64, 96, 128)  # of layers that halve the side, from 64 to 4 pixels
+_HIDDEN = 256
 _LOG_VARIANCE = -8.0, 4.0  # limits, so that no latent is exact or without any bound
 _SCALE_SIDE = 8  # pixels; see `gradient_scale`
 _MAPS = ("image_mask", "image_parsing")

@@ -24,6 +24,7 @@ _STATE_NAME = re.compile(r"state-(\d{9,})\.safetensors")
 _TEMP_NAME = re.compile(r"\.state-\d{9,}\.(\d+)-[0-9a-f]+\.tmp\.safetensors")
 _SEPARATOR = "/"  # between object, parameter and entry; names of parameters have dots
 _PARAMETERS = "parameters"  # of an optimiser, in order
+_FIRST_MOMENT = "exp_avg"  # of Adam
 
 
 @runtime_checkable
@@ -248,9 +249,13 @@ def _take_apart(name: str, thing: Any, parameter_names: dict[int, str]) -> tuple
     if kind == "optimizer":
         named = _named_parameters(name, thing, parameter_names)
         data[_PARAMETERS] = list(named)
+        forgetful = _without_first_moment(thing)
         for key, parameter in named.items():
             entries = thing.state.get(parameter, {})
-            state.update({f"{key}{_SEPARATOR}{entry}": value for entry, value in entries.items()})
+            left_out = {_FIRST_MOMENT} if id(parameter) in forgetful else set()
+            state.update(
+                {f"{key}{_SEPARATOR}{entry}": value for entry, value in entries.items() if entry not in left_out}
+            )
     else:
         state = thing.state_dict()
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
@@ -346,8 +351,20 @@ def _plan_optimizer(
         for key, value in data.items():
             parameter_name, _, entry = key.partition(_SEPARATOR)
             optimizer.state[named[parameter_name]][entry] = value
+        forgetful = _without_first_moment(optimizer)
+        for parameter, entries in optimizer.state.items():
+            if id(parameter) in forgetful:
+                entries.setdefault(_FIRST_MOMENT, torch.zeros_like(parameter, requires_grad=False))
 
     return fill
+
+
+def _without_first_moment(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Return the identities of the parameters of Adam whose first moment is overwritten by every step (beta1 = 0)."""
+    if not isinstance(optimizer, torch.optim.Adam):
+        return set()
+    groups = [group for group in optimizer.param_groups if group["betas"][0] == 0]
+    return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def _counters_on_device(optimizer: torch.optim.Optimizer) -> set[int]:

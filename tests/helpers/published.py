@@ -70,6 +70,7 @@ def tiny_generator_kwargs(system: str, parsing: bool = True, **rendering) -> dic
         "avg_camera_pivot": [0, 0, 0.2],
         "depth_clamp": "batch",
         "auto_range_of_misses": "nearest",
+        "importance_draws": "random",
         **(EG3D_RENDERING if system == "eg3d" else {}),
         **rendering,
     }

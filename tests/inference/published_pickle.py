@@ -13,7 +13,7 @@ from training.triplane import TriPlaneGenerator
 
 # Arguments that only this project's constructor knows.
 _OUR_ARGUMENTS = ("representation", "pose_offset")
-_OUR_RENDERING = ("depth_clamp", "auto_range_of_misses", "crop_margin")
+_OUR_RENDERING = ("depth_clamp", "auto_range_of_misses", "importance_draws", "crop_margin")
 
 
 def write_snapshot(path: Path, system: str = "sphere", both: bool = False, **networks: Any) -> TriPlaneGenerator:

@@ -64,7 +64,8 @@ class RenderDraws:
     def draw(cls, rays: torch.Tensor, config: RenderingConfig, generator: torch.Generator | None = None) -> RenderDraws:
         """Draw for rays `[B, R, 3]`, in the order and shapes of the published code.
 
-        Numbers are drawn in float32 and converted, so that a seed means the same in every precision.
+        Numbers are drawn in float32 and converted, so that a seed means the same in every precision. With stratified
+        `importance_draws`, number i of F becomes (i + u_i) / F.
         """
         batch, num_rays, _ = rays.shape
         coarse, fine = config.depth_resolution, config.depth_resolution_importance
@@ -84,6 +85,9 @@ class RenderDraws:
             jitter = rand(batch, num_rays, coarse, 1).squeeze(-1)
         coarse_noise = randn(coarse)
         importance = rand(batch * num_rays, fine).reshape(batch, num_rays, fine) if fine else None
+        if fine and config.importance_draws == "stratified":
+            importance = (importance + torch.arange(fine, dtype=rays.dtype, device=rays.device)) / fine
+            importance = importance.clamp(max=1 - torch.finfo(torch.float32).eps / 2)  # the sum may round up
         return cls(coarse_jitter=jitter, importance=importance, coarse_noise=coarse_noise, fine_noise=randn(fine))
 
 

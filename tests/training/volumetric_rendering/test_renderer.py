@@ -297,7 +297,7 @@ def test_render_given_draws_equal_generator_and_global_seed(fields):
 
 @pytest.mark.parametrize("fields", SETTINGS_WITH_DRAWS.values(), ids=SETTINGS_WITH_DRAWS)
 def test_draws_come_in_the_published_order_and_shapes(fields):
-    rays, settings = torch.zeros(2, 3, 3), config(**fields)
+    rays, settings = torch.zeros(2, 3, 3), config(**fields, importance_draws="random")
     draws = RenderDraws.draw(rays, settings, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
     coarse, fine = settings.depth_resolution, settings.depth_resolution_importance
@@ -310,6 +310,27 @@ def test_draws_come_in_the_published_order_and_shapes(fields):
         assert draws.coarse_noise.equal(torch.randn(2, 3 * coarse, 1, generator=generator).reshape(2, 3, coarse))
     if fine:
         assert draws.importance.equal(torch.rand(6, fine, generator=generator).reshape(2, 3, fine))
+
+
+def test_stratified_draws_have_one_number_in_each_share_and_stay_below_one(monkeypatch):
+    rays, settings = torch.zeros(2, 3, 3), config(importance_draws="stratified")
+    fine = settings.depth_resolution_importance
+    shares = (RenderDraws.draw(rays, settings).importance * fine).floor()
+    assert shares.equal(torch.arange(fine).float().expand_as(shares))
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, 1 - 2**-24))
+    assert RenderDraws.draw(rays, settings).importance.max() < 1
+
+
+@only_reference
+def test_stratified_draws_vary_less_between_seeds():
+    scene, rays = Scene(batch=2), rays_at_the_box(2, 7)
+
+    def spread(rule: str) -> float:
+        settings = config(importance_draws=rule)
+        images = [scene.render(rays, settings, generator=torch.Generator().manual_seed(seed))[0] for seed in range(16)]
+        return float(torch.stack(images).std(dim=0).mean())
+
+    assert spread("stratified") < 0.9 * spread("random")
     if fine and settings.density_noise:
         assert draws.fine_noise.equal(torch.randn(2, 3 * fine, 1, generator=generator).reshape(2, 3, fine))
     assert (draws.importance is None) == (fine == 0)
