@@ -310,6 +310,11 @@ def test_draws_come_in_the_published_order_and_shapes(fields):
         assert draws.coarse_noise.equal(torch.randn(2, 3 * coarse, 1, generator=generator).reshape(2, 3, coarse))
     if fine:
         assert draws.importance.equal(torch.rand(6, fine, generator=generator).reshape(2, 3, fine))
+    if fine and settings.density_noise:
+        assert draws.fine_noise.equal(torch.randn(2, 3 * fine, 1, generator=generator).reshape(2, 3, fine))
+    assert (draws.importance is None) == (fine == 0)
+    assert (draws.coarse_noise is None) == (settings.density_noise == 0)
+    assert (draws.fine_noise is None) == (settings.density_noise == 0 or fine == 0)
 
 
 def test_stratified_draws_have_one_number_in_each_share_and_stay_below_one(monkeypatch):
@@ -331,11 +336,6 @@ def test_stratified_draws_vary_less_between_seeds():
         return float(torch.stack(images).std(dim=0).mean())
 
     assert spread("stratified") < 0.9 * spread("random")
-    if fine and settings.density_noise:
-        assert draws.fine_noise.equal(torch.randn(2, 3 * fine, 1, generator=generator).reshape(2, 3, fine))
-    assert (draws.importance is None) == (fine == 0)
-    assert (draws.coarse_noise is None) == (settings.density_noise == 0)
-    assert (draws.fine_noise is None) == (settings.density_noise == 0 or fine == 0)
 
 
 def test_draws_of_a_seed_are_the_same_in_every_precision():
