@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from dataset_tools.synthetic_data import SyntheticData, names_synthetic_data
+from dataset_tools.synthetic_data import SYNTHETIC_NAME, SyntheticData, names_synthetic_data
 from dnnlib import cli
-from dnnlib.sources import without_credentials
+from dnnlib.sources import is_demo, without_credentials
 from dnnlib.util import source_name
 from inference.loading import is_untrained, load_generator
 from metrics.evaluation import Evaluation, EvaluationSettings
@@ -51,7 +51,7 @@ _evaluation_options = cli.group(
         *("--img-data", "--data", "image_roots"),
         multiple=True,
         help="Folder or zip with images and dataset.json; may be given several times. synth[:IDENTITIESxVIEWS] makes "
-        "and keeps a set of synthetic heads.  [default: what the network was trained on]",
+        "and keeps a set of synthetic heads.  [default: what the network was trained on; synth for demo]",
     ),
     cli.option(*("--seg-data", "mask_roots"), multiple=True, help="Masks; one root for each of --img-data."),
     cli.bool_option("--mirror", default=False, help="Add left-right flipped images, with the cameras flipped too."),
@@ -94,17 +94,12 @@ _evaluation_options = cli.group(
 
 
 @click.group(invoke_without_command=True)
-@cli.option(
-    "--network",
-    metavar="NETWORK",
-    help="Snapshot: a path, an http(s):// URL, hf://org/repo/file, demo for the bundled network, or init:PRESET for an "
-    "untrained one.  [required]",
-)
+@cli.network_option()
 @_evaluation_options
 @cli.option("--list", "lists_metrics", is_flag=True, help="List all metrics, and stop.")
 @click.pass_context
 @cli.cli_errors()
-def calc_metrics(ctx: click.Context, network: str | None, lists_metrics: bool, **options: Any) -> None:
+def calc_metrics(ctx: click.Context, network: str, lists_metrics: bool, **options: Any) -> None:
     """Compute metrics of a generator: a table, and a line in metric-<name>.jsonl beside a network of a run.
 
     Numbers are repeatable, and do not depend on the number of processes.
@@ -121,8 +116,6 @@ def calc_metrics(ctx: click.Context, network: str | None, lists_metrics: bool, *
         _refuse_options_before(ctx)
     elif lists_metrics:
         click.echo(_listing())
-    elif not (network or "").strip():
-        raise click.UsageError("Missing option '--network'.", ctx)
     else:
         _run({source_name(network): network}, options, _show_results)
 
@@ -231,6 +224,8 @@ class _Request(NamedTuple):
 def _request(networks: Mapping[str, str], options: Mapping[str, Any]) -> _Request:
     images, masks = options["image_roots"], options["mask_roots"]
     require(bool(images) or not masks, "--seg-data", "--img-data with it", masks)
+    if not images and all(is_demo(network) for network in networks.values()):
+        images = (SYNTHETIC_NAME,)  # what it was trained on, which everyone can make
     is_synthetic = names_synthetic_data(images)
     if is_synthetic:  # a malformed name is an error now
         SyntheticData.parse(images, masks, Path(), 8)

@@ -16,14 +16,16 @@ from torch_utils import distributed
 from training.config import require
 from training.train_config import DataConfig
 
+SYNTHETIC_NAME = "synth"
+"""The name without a size."""
 DEFAULT_SIZE = 2000, 4
 """Identities, and views of each, where the name gives none."""
-_NAME = re.compile(r"synth(?::([1-9]\d{0,6})x([1-9]\d{0,3}))?")
+_NAME = re.compile(SYNTHETIC_NAME + r"(?::([1-9]\d{0,6})x([1-9]\d{0,3}))?")
 
 
 def names_synthetic_data(roots: Sequence[str]) -> bool:
     """Return whether one of the roots of a data set asks for synthetic heads; a folder of that name is `./synth`."""
-    return any(root.split(":")[0] == "synth" for root in roots)
+    return any(root.split(":")[0] == SYNTHETIC_NAME for root in roots)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import click
 
 from dnnlib.extras import MissingExtraError
+from dnnlib.sources import DEMO_NAME
 
 MAX_SEEDS = 1_000_000
 MAX_SEED = 2**32 - 1  # the largest that numpy.random.RandomState takes
@@ -226,10 +227,10 @@ def group(*decorators: Decorator) -> Decorator:
 
 
 def network_option() -> Decorator:
-    """Add ``--network`` (parameter ``network``: str), required."""
+    """Add ``--network`` (parameter ``network``: str), the bundled network unless given."""
     return option(
         "--network",
-        required=True,
+        default=DEMO_NAME,
         metavar="NETWORK",
         callback=_not_blank,
         help="Snapshot: a path, an http(s):// URL, hf://org/repo/file, demo for the bundled network, or init:PRESET "

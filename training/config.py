@@ -156,8 +156,8 @@ class RenderingConfig:
     """With 'auto' limits, rays that miss the box end at the largest far limit of the others, or (as published) at the
     largest near limit."""
     importance_draws: Literal["stratified", "random"] = "stratified"
-    """Samples of the second pass are spread evenly over the distribution function, or (as published) drawn independently
-    of each other: rays with few samples then miss the surface here and there, which shows as specks."""
+    """Samples of the second pass are spread evenly over the distribution function, or (as published) drawn
+    independently of each other: rays with few samples then miss the surface here and there, which shows as specks."""
 
     def __post_init__(self) -> None:
         _require_at_least("rendering.depth_resolution", self.depth_resolution, 2)

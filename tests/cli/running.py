@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 import calc_metrics
 import convert_checkpoint
+import demo
 import gen_samples
 import gen_videos
 import gen_videos_interp
@@ -24,6 +25,7 @@ import train
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 COMMANDS: dict[str, click.Command] = {
+    "demo.py": demo.demo,
     "gen_samples.py": gen_samples.generate_samples,
     "gen_videos.py": gen_videos.generate_videos,
     "gen_videos_interp.py": gen_videos_interp.generate_interpolations,

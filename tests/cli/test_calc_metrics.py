@@ -110,8 +110,13 @@ def test_list_names_metrics_and_presets_and_needs_no_network():
         assert name in shown
 
 
-def test_network_is_required_but_not_before_a_command():
-    assert "Missing option '--network'" in fail(SCRIPT, "--metrics", "quick")
+def test_bundled_network_is_the_default_and_measured_with_synthetic_heads():
+    given = plan()
+    assert given["network"] == "demo" and given["data"] == ["synth"]
+    assert plan("--data", "synth:8x2")["data"] == ["synth:8x2"]
+
+
+def test_options_before_a_command_are_refused():
     line = fail(SCRIPT, "--metrics", "fid50k_full", "compare", "a.pkl", "b.pkl")
     assert "--metrics: expected behind compare, came before it" in line
 

@@ -167,14 +167,16 @@ def test_published_default_is_kept_unless_there_is_a_reason(script, option):
         assert ours == option.default
 
 
-def test_published_required_options_are_required():
-    for script, arguments in (("gen_samples.py", ["--network", "a.pkl"]), ("gen_samples.py", ["--seeds", "0"])):
-        with pytest.raises(click.MissingParameter):
-            parse(script, *arguments)
-    for script in GENERATORS[1:]:
-        with pytest.raises(click.MissingParameter):
-            parse(script, "--seeds", "0")
-    for missing in NEEDED["projector.py"]:
+def test_network_is_the_bundled_one_unless_given():
+    for script in GENERATORS:
+        assert parse(script, "--seeds", "0")["network"] == "demo"
+    assert parse("projector.py", "--target", "photos", "--outdir", "out")["network"] == "demo"
+
+
+def test_published_required_options_are_required_but_for_the_network():
+    with pytest.raises(click.MissingParameter):
+        parse("gen_samples.py", "--network", "a.pkl")
+    for missing in sorted(NEEDED["projector.py"].keys() - {"--network"}):
         with pytest.raises(click.MissingParameter):
             parse("projector.py", *(w for pair in NEEDED["projector.py"].items() if pair[0] != missing for w in pair))
 
@@ -243,5 +245,5 @@ def test_example_parses(script, line, tmp_path, monkeypatch):
         parse(script, *arguments)
     else:
         plan = json.loads(succeed(script, *arguments, "--dry-run").stdout)
-        assert script == "train.py" or plan["network"] in ("spherehead.pkl", "init:debug")
+        assert script == "train.py" or plan["network"] in ("spherehead.pkl", "init:debug", "demo")
     assert sorted(tmp_path.iterdir()) == before

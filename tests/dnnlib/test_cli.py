@@ -182,9 +182,9 @@ def test_reload_modules_option_false_is_a_usage_error_that_says_why(arguments):
     assert "code stored in a network file is never run" in run(cli.reload_modules_option(), *arguments)
 
 
-def test_network_option_is_required_and_not_blank():
+def test_network_option_is_the_bundled_network_by_default_and_not_blank():
     assert run(cli.network_option(), "--network", "init:debug") == {"network": "init:debug"}
-    assert "Missing option '--network'" in run(cli.network_option())
+    assert run(cli.network_option()) == {"network": "demo"}
     assert "came nothing" in run(cli.network_option(), "--network", " ")
 
 
