@@ -175,8 +175,9 @@ SETTINGS = (
     Setting(
         "--warmup-after-interval",
         "warmup.after_interval",
-        cli.POSITIVE_INT,
-        "Go on with it after the warm-up, every so many iterations; by default it ends.",
+        NOT_NEGATIVE_INT,
+        "Go on with it after the warm-up, every so many iterations; 0 ends it.",
+        lambda interval: interval or None,
     ),
     # augmentation
     Setting("--aug", "augment.mode", click.Choice(["noaug", "ada", "fixed"]), "Augmentation."),

@@ -159,6 +159,8 @@ def make_train_config(preset: str, data: DataConfig, settings: Mapping[str, Any]
         ValueError: an unknown preset or field, or values that do not go together.
     """
     row = train_preset(preset)
+    if settings.get("warmup.kimg") == 0:
+        settings = {"warmup.after_interval": None, **settings}  # that of a preset goes with its warm-up
     merged = {**row.fields, **settings}
     batch_size = merged.get("loop.batch_size", _PUBLISHED_BATCH)
     filled = {**row.fields, **_derived(data, merged, batch_size, processes), **settings}

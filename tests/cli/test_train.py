@@ -156,6 +156,8 @@ def test_train_warmup_options_set_their_fields(data, tmp_path):
     on = plan(*command(data, tmp_path, *given))["config"]["warmup"]
     fields = ("kimg", "other_view_share", "kl_weight", "generator_lr", "after_interval")
     assert [on[name] for name in fields] == list(options.values())
+    ended = plan(*command(data, tmp_path, "--warmup-kimg", 3, "--warmup-after-interval", 0))["config"]["warmup"]
+    assert (ended["kimg"], ended["after_interval"]) == (3, None)
 
 
 def test_train_resume_from_changes_schedules_as_published(data, tmp_path):

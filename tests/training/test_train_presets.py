@@ -64,6 +64,13 @@ def test_make_train_config_parsing_maps_bring_their_head_and_discriminator():
     assert config.discriminator.variant == "HoloDiscriminator"
 
 
+def test_make_train_config_leaving_out_the_warm_up_of_a_preset_leaves_out_what_follows_it():
+    assert make().warmup.kimg > 0 and make().warmup.after_interval is not None
+    assert make(warmup__kimg=0).warmup.after_interval is None
+    with pytest.raises(ValueError, match=r"warmup.kimg: expected above 0 with warmup.after_interval, got 0"):
+        make(warmup__kimg=0, warmup__after_interval=2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
