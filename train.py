@@ -185,6 +185,8 @@ def _train(config: TrainConfig, name: str, options: Mapping[str, Any]) -> None:
                 versions = {"python": platform.python_version(), "torch": torch.__version__}
                 write_options(run.run_dir, config, sys.argv, versions)
             log.line(f"run folder: {run.run_dir}")
+            for change in run.changes:
+                log.line(change)
             request = TrainRequest(
                 config=config,
                 dataset=dataset,

@@ -30,6 +30,13 @@ _FREE_FIELDS = (
     "loop.max_skipped_steps",
     "precision",
 )
+# What may besides be changed on the way, where the run is named.
+_LEARNING_RATES = (
+    "optimizer.generator_lr",
+    "optimizer.discriminator_lr",
+    "warmup.generator_lr",
+    "warmup.encoder_lr",
+)
 
 
 class Run(NamedTuple):
@@ -38,6 +45,8 @@ class Run(NamedTuple):
     run_dir: Path
     state: Path | None
     """Training state to go on from; None starts."""
+    changes: tuple[str, ...] = ()
+    """What goes on differently, in words."""
 
     def start_nimg(self, config: TrainConfig) -> int:
         """Return the images after which the run begins or goes on."""
@@ -53,6 +62,8 @@ def run_name(config: TrainConfig, processes: int, desc: str | None) -> str:
 
 def choose_run(outdir: Path, name: str, config: TrainConfig, resume: str, report: Callable[[str], Any] = print) -> Run:
     """Find the run to go on with, or make the folder of a new one.
+
+    A run that is named may go on with other learning rates.
 
     Args:
         outdir: folder of runs.
@@ -75,28 +86,41 @@ def choose_run(outdir: Path, name: str, config: TrainConfig, resume: str, report
     path = Path(resume)
     require(path.exists(), "resume", "auto, never, a run folder or a training state", resume)
     run_dir = path if path.is_dir() else path.parent
-    why = difference(run_dir, config)
+    why = difference(run_dir, config, _LEARNING_RATES)
     if why is not None:
         raise ValueError(f"resume: {run_dir}: {why}; a new run with --resume-from takes over the weights alone")
+    before = _read_config(run_dir)
+    rates = ((name, _get(before, name), _get(config, name)) for name in _LEARNING_RATES)
+    changes = tuple(f"{name}: {new:g} from here on, {old:g} before" for name, old, new in rates if old != new)
     if path.is_file():
-        return Run(run_dir, path)
+        return Run(run_dir, path, changes)
     state = newest_state(run_dir, report)
     require(state is not None, f"resume: {run_dir}", "a whole training state", [p.name for p in list_states(run_dir)])
-    return Run(run_dir, state)
+    return Run(run_dir, state, changes)
 
 
-def difference(run_dir: Path, config: TrainConfig) -> str | None:
-    """Say why a run cannot go on with a configuration; None if it can."""
-    path = run_dir / OPTIONS_NAME
+def difference(run_dir: Path, config: TrainConfig, adjustable: Sequence[str] = ()) -> str | None:
+    """Say why a run cannot go on with a configuration; None if it can.
+
+    Args:
+        run_dir: folder of the run.
+        config: that it is to go on with.
+        adjustable: fields that may differ, besides those that always may.
+    """
     try:
-        came = serialize.from_json(TrainConfig, json.loads(path.read_bytes())["config"], str(path))
+        came = _read_config(run_dir)
     except FileNotFoundError:
         return f"expected {OPTIONS_NAME} in the folder of a run, came none"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{OPTIONS_NAME} cannot be read: {error}"
-    free = {name: _get(config, name) for name in _FREE_FIELDS}
+    free = {name: _get(config, name) for name in (*_FREE_FIELDS, *adjustable)}
     different = _first_difference(config, replace_fields(came, free))
     return None if different is None else "expected the configuration of this command, came another " + different
+
+
+def _read_config(run_dir: Path) -> TrainConfig:
+    path = run_dir / OPTIONS_NAME
+    return serialize.from_json(TrainConfig, json.loads(path.read_bytes())["config"], str(path))
 
 
 def _get(config: Any, path: str) -> Any:

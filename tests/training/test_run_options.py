@@ -10,6 +10,7 @@ import pytest
 from training.run_options import OPTIONS_NAME, Run, choose_run, difference, run_name, write_options
 from training.train_config import DataConfig
 from training.train_presets import make_train_config, replace_fields
+from training.training_state import save_state
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,22 @@ def test_difference_is_none_for_what_two_parts_of_a_run_may_differ_in(config, tm
     free = {"loop.total_kimg": 1.0, "loop.workers": 7, "loop.keep_states": 5, "precision.tf32": True}
     assert difference(run_dir, replace_fields(config, free)) is None
     assert "loss.r1_gamma: 0.2 instead of 9" in difference(run_dir, replace_fields(config, {"loss.r1_gamma": 9.0}))
+
+
+def test_choose_run_path_takes_other_learning_rates_and_tells_them(config, tmp_path):
+    run_dir = begin(tmp_path, config).run_dir
+    state = save_state(run_dir, 8, {"counters": {}})
+    slower = replace_fields(config, {"optimizer.generator_lr": 1e-4, "warmup.encoder_lr": 1e-5})
+    lines = (
+        "optimizer.generator_lr: 0.0001 from here on, 0.0025 before",
+        "warmup.encoder_lr: 1e-05 from here on, 0.0005 before",
+    )
+    for path in (run_dir, state):
+        assert choose_run(tmp_path, "run", slower, str(path)) == Run(run_dir, state, lines)
+        assert choose_run(tmp_path, "run", config, str(path)) == Run(run_dir, state)
+    assert choose_run(tmp_path, "run", slower, "auto").run_dir != run_dir
+    with pytest.raises(ValueError, match=r"loss.r1_gamma: 0.2 instead of 9"):
+        choose_run(tmp_path, "run", replace_fields(slower, {"loss.r1_gamma": 9.0}), str(run_dir))
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"config": {}}', '{"config": {"preset": 1}}'])
