@@ -26,7 +26,7 @@ _FPS = 24
 @click.command()
 @cli.network_option()
 @cli.option("--seeds", type=cli.SeedList(), default="0-5", help="Random seeds, such as 0-3,7.")
-@cli.truncation_options(psi=0.7)
+@cli.truncation_options(psi=1.0)
 @cli.option("--views", type=click.IntRange(min=2), default=8, help="Views of each head in the picture.")
 @cli.option("--frames", type=click.IntRange(min=2), default=72, help=f"Of the video, {_FPS} in a second.")
 @cli.option("--shape-res", type=click.IntRange(min=8), default=128, help="Voxels per side of the mesh.")
