@@ -19,7 +19,7 @@ from dataset_tools.synthetic_data import SYNTHETIC_NAME, SyntheticData, names_sy
 from dnnlib import cli
 from dnnlib.sources import is_demo, without_credentials
 from dnnlib.util import source_name
-from inference.loading import is_untrained, load_generator
+from inference.loading import load_generator
 from metrics.evaluation import Evaluation, EvaluationSettings
 from metrics.metric_main import PRESETS, MetricResult, compute_metrics, metric_list, parse_metrics
 from metrics.network_data import data_of_network, run_folder
@@ -303,8 +303,8 @@ def _evaluate(request: _Request, columns: dict[str, list[MetricResult]]) -> None
         data = _known_data(request)
         for label, network in request.networks.items():
             generator = load_generator(network, device, request.renderer)
-            if is_untrained(network) and distributed.is_main():
-                click.echo(f"{network} is untrained: expect fog, not heads.", err=True)
+            if distributed.is_main():
+                cli.warn_if_untrained(network)
             if data is None:
                 data = _make_synthetic_data(request, settings, generator.img_resolution)
             dataset = HeadDataset(dataclasses.replace(data, mirror=request.mirror), settings.seed)

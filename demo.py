@@ -11,9 +11,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dnnlib import cli
-from inference.loading import is_untrained, load_generator
+from inference.loading import load_generator
 from inference.output import open_video, prepare_outputs, save_png
-from inference.sampling import Head, Noise, Truncation, make_head, orbit_labels, to_uint8
+from inference.sampling import Head, Truncation, make_head, orbit_labels, to_uint8
 from inference.shapes import ShapeSettings, save_shape
 from torch_utils import distributed
 from torch_utils.pictures import tile
@@ -65,9 +65,8 @@ def demo(
         return
     prepare_outputs(files, overwrite)
     generator = load_generator(network, distributed.resolve_device(device), renderer)
-    if is_untrained(network):
-        click.echo(f"{network} is untrained: expect fog, not heads.", err=True)
-    heads = [make_head(generator, seed, truncation, Noise()) for seed in seeds]
+    cli.warn_if_untrained(network)
+    heads = [make_head(generator, seed, truncation) for seed in seeds]
 
     labels = orbit_labels(views)
     rows = [view for head in tqdm(heads, desc=picture.name, unit="head") for view in render_views(head, labels)]

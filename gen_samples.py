@@ -8,7 +8,7 @@ import click
 from tqdm import tqdm
 
 from dnnlib import cli
-from inference.loading import is_untrained, load_generator
+from inference.loading import load_generator
 from inference.output import output_folder, prepare_outputs, save_png
 from inference.sampling import (
     DEFAULT_FOV_DEG,
@@ -96,8 +96,7 @@ def generate_samples(
     prepare_outputs([files[seed] for files in (strips, shape_files) if files for seed in own_seeds], overwrite)
 
     generator = load_generator(network, distributed.resolve_device(device), renderer)
-    if is_untrained(network):
-        click.echo(f"{network} is untrained: expect fog, not heads.", err=True)
+    cli.warn_if_untrained(network)
     labels = strip_labels(generator, fov_deg)
     for seed in tqdm(own_seeds, desc="seeds", unit="seed"):
         head = make_head(generator, seed, truncation, noise, pose_cond)

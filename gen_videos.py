@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from dnnlib import cli, cli_video
-from inference.loading import is_untrained
 from inference.output import VIDEO_FPS
 from inference.sampling import IMAGE_MODES
 from inference.shapes import VIDEO_SHAPE_FORMATS, ShapeSettings
@@ -36,8 +35,7 @@ def generate_videos(dry_run: bool, **options: Any) -> None:
         return
     for path in make_videos(request):
         click.echo(f"wrote {path}")
-    if is_untrained(request.network):
-        click.echo(f"{request.network} is untrained: expect fog, not heads.", err=True)
+    cli.warn_if_untrained(request.network)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from inference.inversion_settings import (
     ProjectionSettings,
     TuningSettings,
 )
-from inference.loading import is_untrained
 from torch_utils import distributed
 from torch_utils.preemption import SignalWatch
 
@@ -161,8 +160,7 @@ def project(dry_run: bool, **options: Any) -> None:
     if stopped is not None:
         raise cli.Interrupted(str(stopped))
     _raise_failures(outcomes)
-    if is_untrained(request.network):
-        click.echo(f"{request.network} is untrained: expect fog, not heads.", err=True)
+    cli.warn_if_untrained(request.network)
 
 
 def _request(

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import click
 
 from dnnlib.extras import MissingExtraError
-from dnnlib.sources import DEMO_NAME
+from dnnlib.sources import DEMO_NAME, is_untrained
 
 MAX_SEEDS = 1_000_000
 MAX_SEED = 2**32 - 1  # the largest that numpy.random.RandomState takes
@@ -242,6 +242,12 @@ def _not_blank(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if not value.strip():
         raise click.BadParameter("expected a path, a URL, demo or init:PRESET; came nothing", ctx=ctx, param=param)
     return value
+
+
+def warn_if_untrained(network: str) -> None:
+    """Say on stderr that a network is an untrained preset, if it is one."""
+    if is_untrained(network):
+        click.echo(f"{network} is untrained: expect fog, not heads.", err=True)
 
 
 def device_option() -> Decorator:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dnnlib import serialize
 from torch_utils import checkpoint
-from training.config import DiscriminatorConfig, GeneratorConfig
+from training.config import DiscriminatorConfig, GeneratorConfig, with_later_settings
 from training.dual_discriminator import Discriminator
 from training.train_config import TrainConfig
 from training.triplane import TriPlaneGenerator
@@ -22,8 +22,6 @@ _KINDS: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "generator": (GeneratorConfig, TriPlaneGenerator.from_config),
     "discriminator": (DiscriminatorConfig, Discriminator),
 }
-# Settings of the rendering that came later than the first snapshots, with what these were trained with.
-_LATER_RENDERING = {"importance_draws": "random"}
 # Published training snapshots carry this statistic of their data set, which the networks never read.
 OPTIONAL_TENSORS = frozenset({"dataset_label_std"})
 
@@ -111,14 +109,7 @@ def load_networks(
         if not isinstance(entry, dict) or set(entry) != {"kind", "config"} or entry["kind"] not in [*_KINDS]:
             raise ValueError(f"{where}: expected a kind ({', '.join(_KINDS)}) and a config in the header")
         config_class, build = _KINDS[entry["kind"]]
-        config = serialize.from_json(config_class, _with_later_settings(entry["config"]), where)
+        config = serialize.from_json(config_class, with_later_settings(entry["config"]), where)
         own = {key.split(".", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(name + ".")}
         networks[name] = checkpoint.build_filled(lambda: build(config), own, where)  # noqa: B023 (called at once)
     return networks
-
-
-def _with_later_settings(config: Any) -> Any:
-    """Return the configuration of a header, of whatever form it is, with the settings that it is too old to have."""
-    if not isinstance(config, dict) or not isinstance(config.get("rendering"), dict):
-        return config
-    return {**config, "rendering": {**_LATER_RENDERING, **config["rendering"]}}

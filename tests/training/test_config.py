@@ -17,6 +17,7 @@ from training.config import (
     SuperresolutionConfig,
     SynthesisConfig,
     require,
+    with_later_settings,
 )
 
 SUPERRESOLUTION = SuperresolutionConfig(variant="SuperresolutionHybrid2X")
@@ -159,3 +160,12 @@ def test_config_json_without_a_field_raises_value_error_that_names_it(field):
     del data[field]
     with pytest.raises(ValueError, match=rf"config\.{field}: missing"):
         serialize.from_json(GeneratorConfig, data)
+
+
+def test_with_later_settings_fills_in_what_old_files_were_trained_with_and_nothing_else():
+    new = serialize.to_json(tiny_config())
+    old = {**new, "rendering": {k: v for k, v in new["rendering"].items() if k != "importance_draws"}}
+    filled = serialize.from_json(GeneratorConfig, with_later_settings(old), "old")
+    assert filled.rendering.importance_draws == "random"
+    assert with_later_settings(new) == new
+    assert with_later_settings([]) == [] and with_later_settings({"rendering": 1}) == {"rendering": 1}
