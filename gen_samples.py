@@ -102,9 +102,7 @@ def generate_samples(
         head = make_head(generator, seed, truncation, noise, pose_cond)
         save_png(strips[seed], render_strip(head, labels, image_mode, nrr))
         if shapes:
-            level = save_shape(shape_files[seed], head, shape_settings, progress=True)
-            if level not in (None, shape_level):
-                tqdm.write(f"seed {seed}: no surface at density {shape_level:g}; took {level:.4g}")
+            save_shape(shape_files[seed], head, shape_settings, progress=True)
     click.echo(f"wrote {len(own_seeds)} strips to {folder}")
 
 

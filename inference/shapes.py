@@ -81,7 +81,8 @@ def save_shape(path: Path, head: Head, settings: ShapeSettings, progress: bool =
     """Write the shape of a head: a volume for `.mrc`, a coloured mesh for `.ply`, `.obj` and `.glb`.
 
     Returns:
-        The level of the surface; None for a volume. It differs from `settings.level` where that one gives no surface.
+        The level of the surface; None for a volume. It differs from `settings.level` where that one gives no surface,
+        which a line on stdout then says.
 
     Raises:
         ValueError: the suffix is another, or the density has no surface at any level.
@@ -94,6 +95,8 @@ def save_shape(path: Path, head: Head, settings: ShapeSettings, progress: bool =
         shape_utils.write_volume_mrc(path, volume, box_side / (settings.resolution - 1))
         return None
     level = surface_level(volume, settings.level)
+    if level != settings.level:
+        tqdm.write(f"{path.name}: no surface at density {settings.level:g}; took {level:.4g}")
     mesh = shape_utils.extract_mesh(volume, box_side, level)
     shape_utils.write_mesh(path, mesh, vertex_colors(head, mesh.vertices, settings.chunk_points))
     return level

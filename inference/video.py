@@ -161,8 +161,7 @@ def write_video(
                 last_head = heads[0]
                 shape_file = shapes.folder / f"{number:04d}_shape.{shapes.suffix}"
                 level = save_shape(shape_file, last_head, shape_settings)
-                if level not in (None, shape_settings.level):
-                    tqdm.write(f"{shape_file.name}: no surface at density {shape_settings.level:g}; took {level:.4g}")
+                if level is not None:
                     shape_settings = dataclasses.replace(shape_settings, level=level)  # for all that follow
     if shapes is not None:
         poses, _ = camera_utils.split_label(path_labels(generator, num_frames, settings))
