@@ -31,11 +31,14 @@ _FREE_FIELDS = (
     "precision",
 )
 # What may besides be changed on the way, where the run is named.
-_LEARNING_RATES = (
+_ADJUSTABLE_FIELDS = (
     "optimizer.generator_lr",
     "optimizer.discriminator_lr",
     "warmup.generator_lr",
     "warmup.encoder_lr",
+    "loss.r1_gamma",
+    "loss.r1_gamma_mask",
+    "loss.r1_gamma_parsing",
 )
 
 
@@ -63,7 +66,7 @@ def run_name(config: TrainConfig, processes: int, desc: str | None) -> str:
 def choose_run(outdir: Path, name: str, config: TrainConfig, resume: str, report: Callable[[str], Any] = print) -> Run:
     """Find the run to go on with, or make the folder of a new one.
 
-    A run that is named may go on with other learning rates.
+    A run that is named may go on with other learning rates and weights of R1.
 
     Args:
         outdir: folder of runs.
@@ -86,12 +89,12 @@ def choose_run(outdir: Path, name: str, config: TrainConfig, resume: str, report
     path = Path(resume)
     require(path.exists(), "resume", "auto, never, a run folder or a training state", resume)
     run_dir = path if path.is_dir() else path.parent
-    why = difference(run_dir, config, _LEARNING_RATES)
+    why = difference(run_dir, config, _ADJUSTABLE_FIELDS)
     if why is not None:
         raise ValueError(f"resume: {run_dir}: {why}; a new run with --resume-from takes over the weights alone")
     before = _read_config(run_dir)
-    rates = ((name, _get(before, name), _get(config, name)) for name in _LEARNING_RATES)
-    changes = tuple(f"{name}: {new:g} from here on, {old:g} before" for name, old, new in rates if old != new)
+    values = ((name, _get(before, name), _get(config, name)) for name in _ADJUSTABLE_FIELDS)
+    changes = tuple(f"{name}: {new:g} from here on, {old:g} before" for name, old, new in values if old != new)
     if path.is_file():
         return Run(run_dir, path, changes)
     state = newest_state(run_dir, report)

@@ -46,20 +46,20 @@ def test_difference_is_none_for_what_two_parts_of_a_run_may_differ_in(config, tm
     assert "loss.r1_gamma: 0.2 instead of 9" in difference(run_dir, replace_fields(config, {"loss.r1_gamma": 9.0}))
 
 
-def test_choose_run_path_takes_other_learning_rates_and_tells_them(config, tmp_path):
+def test_choose_run_path_takes_other_learning_rates_and_gammas_and_tells_them(config, tmp_path):
     run_dir = begin(tmp_path, config).run_dir
     state = save_state(run_dir, 8, {"counters": {}})
-    slower = replace_fields(config, {"optimizer.generator_lr": 1e-4, "warmup.encoder_lr": 1e-5})
+    gentler = replace_fields(config, {"optimizer.generator_lr": 1e-4, "loss.r1_gamma": 2.0})
     lines = (
         "optimizer.generator_lr: 0.0001 from here on, 0.0025 before",
-        "warmup.encoder_lr: 1e-05 from here on, 0.0005 before",
+        "loss.r1_gamma: 2 from here on, 0.2 before",
     )
     for path in (run_dir, state):
-        assert choose_run(tmp_path, "run", slower, str(path)) == Run(run_dir, state, lines)
+        assert choose_run(tmp_path, "run", gentler, str(path)) == Run(run_dir, state, lines)
         assert choose_run(tmp_path, "run", config, str(path)) == Run(run_dir, state)
-    assert choose_run(tmp_path, "run", slower, "auto").run_dir != run_dir
-    with pytest.raises(ValueError, match=r"loss.r1_gamma: 0.2 instead of 9"):
-        choose_run(tmp_path, "run", replace_fields(slower, {"loss.r1_gamma": 9.0}), str(run_dir))
+    assert choose_run(tmp_path, "run", gentler, "auto").run_dir != run_dir
+    with pytest.raises(ValueError, match=r"loop.seed: 0 instead of 9"):
+        choose_run(tmp_path, "run", replace_fields(gentler, {"loop.seed": 9}), str(run_dir))
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"config": {}}', '{"config": {"preset": 1}}'])
