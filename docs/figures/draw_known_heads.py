@@ -1,0 +1,79 @@
+"""Draw docs/figures/inversion_known.png: what projector.py makes of heads that are known from other sides.
+
+python dataset_tool.py synth --dest known --identities 4 --views 5 --resolution 64 --seed 7 --parsing false
+python -m zipfile -e known/images.zip known/photos
+python projector.py --target known/photos --idx 2,8,10,18 --outdir out
+PYTHONPATH=. python docs/figures/draw_known_heads.py known/photos out/demo/*/
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from inference.inversion_results import LATENT, METRICS, NETWORK
+from inference.loading import load_generator
+from inference.sampling import Head, to_uint8
+from inference.video_request import load_latent
+from torch_utils.pictures import save_png, tile
+from training.dataset import HeadDataset, image_side
+from training.image_metrics import psnr
+from training.train_config import DataConfig
+
+PATH = Path(__file__).parent / "inversion_known.png"
+_CAPTION = 16  # pixels
+_SIDE = 144  # of a picture
+
+
+def views_of(dataset: HeadDataset, photo: str) -> list[int]:
+    """Return the items that show the head of a photo, which is the first."""
+    names = [Path(dataset.name(index)).with_suffix("").parts for index in range(len(dataset))]
+    found = next(index for index, parts in enumerate(names) if "_".join(parts).endswith(photo))
+    same = np.flatnonzero(dataset.identities == dataset.identities[found])
+    return [found, *(int(index) for index in same if index != found)]
+
+
+def rows(dataset: HeadDataset, folder: Path) -> tuple[list[np.ndarray], list[float]]:
+    """Return views of a head, then what was made of it from the same cameras, uint8 `[H, W, 3]`, and PSNRs in dB."""
+    generator = load_generator(folder / NETWORK)
+    head = Head(generator, load_latent(folder / LATENT, generator))
+    true, made, decibels = [], [], []
+    for index in views_of(dataset, json.loads((folder / METRICS).read_text())["photo"]):
+        item = dataset[index]
+        output = head.render(torch.from_numpy(item["label"]))
+        target = torch.from_numpy(item["image"]).float()[None] / 127.5 - 1
+        decibels.append(psnr(output["image"], target))
+        true.append(with_caption(item["image"].transpose(1, 2, 0), "the photo" if not true else "known"))
+        made.append(with_caption(to_uint8(output)[0], f"{decibels[-1]:.1f} dB"))
+    return true + made, decibels
+
+
+def with_caption(picture: np.ndarray, text: str) -> np.ndarray:
+    """Return a picture uint8 `[H, W, 3]`, enlarged, below some text."""
+    page = Image.new("RGB", (_SIDE, _SIDE + _CAPTION), "white")
+    page.paste(Image.fromarray(picture).resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (0, _CAPTION))
+    ImageDraw.Draw(page).text((3, 2), text, fill="black")
+    return np.asarray(page)
+
+
+@click.command()
+@click.argument("data", type=click.Path(exists=True))
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+def draw(data: str, folders: tuple[Path, ...]) -> None:
+    """Put heads below each other, the known views above what was made of them."""
+    dataset = HeadDataset(DataConfig(images=(data,), resolution=image_side(data)))
+    pictures: list[np.ndarray] = []
+    for folder in folders:
+        cells, decibels = rows(dataset, folder)
+        pictures += cells
+        click.echo(f"{folder.name}: photo {decibels[0]:.1f} dB, other views {np.mean(decibels[1:]):.1f} dB on average")
+    save_png(PATH, tile(pictures, len(pictures) // (2 * len(folders))))
+
+
+if __name__ == "__main__":
+    draw()
