@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def save_shape(path: Path, head: Head, settings: ShapeSettings, progress: bool =
 
     Returns:
         The level of the surface; None for a volume. It differs from `settings.level` where that one gives no surface,
-        which a line on stdout then says.
+        which a line on stderr then says.
 
     Raises:
         ValueError: the suffix is another, or the density has no surface at any level.
@@ -96,7 +97,7 @@ def save_shape(path: Path, head: Head, settings: ShapeSettings, progress: bool =
         return None
     level = surface_level(volume, settings.level)
     if level != settings.level:
-        tqdm.write(f"{path.name}: no surface at density {settings.level:g}; took {level:.4g}")
+        tqdm.write(f"{path.name}: no surface at density {settings.level:g}; took {level:.4g}", file=sys.stderr)
     mesh = shape_utils.extract_mesh(volume, box_side, level)
     shape_utils.write_mesh(path, mesh, vertex_colors(head, mesh.vertices, settings.chunk_points))
     return level

@@ -138,11 +138,11 @@ def test_surface_level_falls_back_to_the_densest_tenth(wanted):
 def test_save_shape_says_which_level_it_took(tmp_path, capsys):
     settings = ShapeSettings(resolution=16)
     assert save_shape(tmp_path / "a.ply", analytic_head(), settings) == 10.0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     fog = analytic_head(lambda points: 0.1 * points[..., 1])
     level = save_shape(tmp_path / "b.ply", fog, settings)
     assert 0 < level < 0.1
-    assert capsys.readouterr().out == f"b.ply: no surface at density 10; took {level:.4g}\n"
+    assert capsys.readouterr().err == f"b.ply: no surface at density 10; took {level:.4g}\n"
     assert save_shape(tmp_path / "c.mrc", fog, settings) is None
 
 
