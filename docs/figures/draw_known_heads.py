@@ -38,19 +38,28 @@ def views_of(dataset: HeadDataset, photo: str) -> list[int]:
     return [found, *(int(index) for index in same if index != found)]
 
 
-def rows(dataset: HeadDataset, folder: Path) -> tuple[list[np.ndarray], list[float]]:
-    """Return views of a head, then what was made of it from the same cameras, uint8 `[H, W, 3]`, and PSNRs in dB."""
-    generator = load_generator(folder / NETWORK)
+def render_views(network: str | Path, folder: Path, labels: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
+    """Render what was found for a photo with some network, from cameras `[25]`."""
+    generator = load_generator(network)
     head = Head(generator, load_latent(folder / LATENT, generator))
-    true, made, decibels = [], [], []
-    for index in views_of(dataset, json.loads((folder / METRICS).read_text())["photo"]):
-        item = dataset[index]
-        output = head.render(torch.from_numpy(item["label"]))
-        target = torch.from_numpy(item["image"]).float()[None] / 127.5 - 1
-        decibels.append(psnr(output["image"], target))
-        true.append(with_caption(item["image"].transpose(1, 2, 0), "the photo" if not true else "known"))
-        made.append(with_caption(to_uint8(output)[0], f"{decibels[-1]:.1f} dB"))
-    return true + made, decibels
+    return [head.render(torch.from_numpy(label)) for label in labels]
+
+
+def rows(dataset: HeadDataset, folder: Path) -> tuple[list[np.ndarray], str]:
+    """Return views of a head, then what was made of it from the same cameras, uint8 `[H, W, 3]`, and PSNRs in words."""
+    metrics = json.loads((folder / METRICS).read_text())
+    items = [dataset[index] for index in views_of(dataset, metrics["photo"])]
+    targets = [torch.from_numpy(item["image"]).float()[None] / 127.5 - 1 for item in items]
+    labels = [item["label"] for item in items]
+    found, tuned = (render_views(network, folder, labels) for network in (metrics["network"], folder / NETWORK))
+    before, after = (
+        [psnr(output["image"], target) for output, target in zip(outputs, targets)] for outputs in (found, tuned)
+    )
+    true = [item["image"].transpose(1, 2, 0) for item in items]
+    cells = [with_caption(picture, "known" if view else "the photo") for view, picture in enumerate(true)]
+    cells += [with_caption(to_uint8(output)[0], f"{db:.1f} dB") for output, db in zip(tuned, after)]
+    others = [f"{np.mean(values[1:]):.1f}" for values in (before, after)]
+    return cells, f"{folder.name}: photo {before[0]:.1f} dB, tuned {after[0]:.1f}; other views {', '.join(others)}"
 
 
 def with_caption(picture: np.ndarray, text: str) -> np.ndarray:
@@ -69,9 +78,9 @@ def draw(data: str, folders: tuple[Path, ...]) -> None:
     dataset = HeadDataset(DataConfig(images=(data,), resolution=image_side(data)))
     pictures: list[np.ndarray] = []
     for folder in folders:
-        cells, decibels = rows(dataset, folder)
+        cells, line = rows(dataset, folder)
         pictures += cells
-        click.echo(f"{folder.name}: photo {decibels[0]:.1f} dB, other views {np.mean(decibels[1:]):.1f} dB on average")
+        click.echo(line)
     save_png(PATH, tile(pictures, len(pictures) // (2 * len(folders))))
 
 
