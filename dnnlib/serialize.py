@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeAlias, TypeVar, Union
 
 JSON: TypeAlias = Any  # any JSON value, checked at run time: null, bool, number, string, list, or dict with string keys
 Config = TypeVar("Config")
+ABSENT = "absent"
+"""Key of a field's metadata: the JSON value that is meant by files which are older than the field."""
 
 
 def to_json(config: Any, where: str = "config") -> dict[str, Any]:
@@ -46,8 +48,8 @@ def to_json(config: Any, where: str = "config") -> dict[str, Any]:
 def from_json(cls: type[Config], data: JSON, where: str = "config") -> Config:
     """Build a dataclass from JSON data, checking every key and every type.
 
-    Every field must be there, also one with a default: a file then means the same when a default changes. An int is
-    accepted for a float, a bool is not accepted for an int.
+    Every field must be there, also one with a default: a file then means the same when a default changes. Only fields
+    whose metadata have `ABSENT` may be left out. An int is accepted for a float, a bool is not accepted for an int.
 
     Args:
         cls: dataclass to build.
@@ -172,6 +174,7 @@ def _decode_dataclass(cls: Any, data: dict[str, Any], where: str) -> Any:
     for key, value in data.items():
         if key not in expected:
             raise ValueError(f"{where}.{key}: unknown key; expected only {', '.join(expected)}; came {_came(value)}")
+    data = {**_absent_values(cls), **data}
     for name, annotation in expected.items():
         if name not in data:
             raise ValueError(f"{where}.{name}: missing key; expected {_describe(annotation)}, came nothing")
@@ -187,6 +190,11 @@ def _field_types(cls: type) -> dict[str, Any]:
     """Return name -> resolved annotation of the fields that the constructor takes."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+@functools.cache
+def _absent_values(cls: type) -> dict[str, Any]:
+    return {field.name: field.metadata[ABSENT] for field in dataclasses.fields(cls) if ABSENT in field.metadata}
 
 
 def _decode_tuple(expected: Any, value: Any, where: str) -> tuple[Any, ...]:

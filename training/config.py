@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from dnnlib.serialize import ABSENT
+
 NoiseMode = Literal["random", "const", "none"]
 Architecture = Literal["orig", "skip", "resnet"]
 FusedModconv = Literal["inference_only"] | bool
 DecoderActivation = Literal["sigmoid", "lrelu", "none"]
 HalfPrecision = Literal["float16", "bfloat16"]
 
-# Settings of the rendering that came later than the first files of networks, with what these were trained with.
-_LATER_RENDERING = {"importance_draws": "random"}
 W_DIM = 512  # the super-resolution modules of all published systems hard-code it
 LABEL_DIM = 25
 _MAX_MAPPING_LAYERS = 64  # a damaged file may ask for any number; building them takes time, unlike wide ones
@@ -157,7 +157,7 @@ class RenderingConfig:
     auto_range_of_misses: Literal["longest", "nearest"] = "longest"
     """With 'auto' limits, rays that miss the box end at the largest far limit of the others, or (as published) at the
     largest near limit."""
-    importance_draws: Literal["stratified", "random"] = "stratified"
+    importance_draws: Literal["stratified", "random"] = field(default="stratified", metadata={ABSENT: "random"})
     """Samples of the second pass are spread evenly over the distribution function, or (as published) drawn
     independently of each other: rays with few samples then miss the surface here and there, which shows as specks."""
 
@@ -284,10 +284,3 @@ class DiscriminatorConfig:
         base = self.channel_base
         require(base >= resolution, "discriminator.channel_base", f"at least {resolution}", base)
         return min(base // resolution, self.channel_max)
-
-
-def with_later_settings(config: Any) -> Any:
-    """Return the JSON of a `GeneratorConfig`, or what came in its place, with the settings it is too old to have."""
-    if not isinstance(config, dict) or not isinstance(config.get("rendering"), dict):
-        return config
-    return {**config, "rendering": {**_LATER_RENDERING, **config["rendering"]}}

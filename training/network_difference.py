@@ -21,7 +21,7 @@ from dnnlib import serialize
 from dnnlib.sources import local_path, without_credentials
 from torch_utils import checkpoint
 from torch_utils.tensor_file import read_tensor_file, tensor_file_kind, write_tensor_file
-from training.config import GeneratorConfig, require, with_later_settings
+from training.config import GeneratorConfig, require
 from training.triplane import TriPlaneGenerator
 
 KIND = "spherehead-difference"
@@ -238,8 +238,6 @@ def read_difference(file: BinaryIO, source: str = "difference") -> Difference:
         tensors, data = read_tensor_file(file, KIND)
     except ValueError as error:
         raise ValueError(f"{source}: damaged difference file: {error}") from error
-    if isinstance(data, dict) and "config" in data:
-        data = {**data, "config": with_later_settings(data["config"])}
     header = serialize.from_json(DifferenceHeader, data, f"{source}: difference")
     for name, scale in header.scales.items():
         require(name in tensors, f"{source}: scales", "names of tensors in the file", name)

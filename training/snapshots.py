@@ -11,7 +11,7 @@ from torch import nn
 
 from dnnlib import serialize
 from torch_utils import checkpoint
-from training.config import DiscriminatorConfig, GeneratorConfig, with_later_settings
+from training.config import DiscriminatorConfig, GeneratorConfig
 from training.dual_discriminator import Discriminator
 from training.train_config import TrainConfig
 from training.triplane import TriPlaneGenerator
@@ -109,7 +109,7 @@ def load_networks(
         if not isinstance(entry, dict) or set(entry) != {"kind", "config"} or entry["kind"] not in [*_KINDS]:
             raise ValueError(f"{where}: expected a kind ({', '.join(_KINDS)}) and a config in the header")
         config_class, build = _KINDS[entry["kind"]]
-        config = serialize.from_json(config_class, with_later_settings(entry["config"]), where)
+        config = serialize.from_json(config_class, entry["config"], where)
         own = {key.split(".", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(name + ".")}
         networks[name] = checkpoint.build_filled(lambda: build(config), own, where)  # noqa: B023 (called at once)
     return networks

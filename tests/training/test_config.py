@@ -17,7 +17,6 @@ from training.config import (
     SuperresolutionConfig,
     SynthesisConfig,
     require,
-    with_later_settings,
 )
 
 SUPERRESOLUTION = SuperresolutionConfig(variant="SuperresolutionHybrid2X")
@@ -162,10 +161,11 @@ def test_config_json_without_a_field_raises_value_error_that_names_it(field):
         serialize.from_json(GeneratorConfig, data)
 
 
-def test_with_later_settings_fills_in_what_old_files_were_trained_with_and_nothing_else():
+def test_config_json_of_an_old_file_means_what_it_was_trained_with():
     new = serialize.to_json(tiny_config())
     old = {**new, "rendering": {k: v for k, v in new["rendering"].items() if k != "importance_draws"}}
-    filled = serialize.from_json(GeneratorConfig, with_later_settings(old), "old")
-    assert filled.rendering.importance_draws == "random"
-    assert with_later_settings(new) == new
-    assert with_later_settings([]) == [] and with_later_settings({"rendering": 1}) == {"rendering": 1}
+    assert serialize.from_json(GeneratorConfig, old).rendering.importance_draws == "random"
+    assert serialize.to_json(serialize.from_json(GeneratorConfig, new)) == new
+    for misfit in ([], {**old, "rendering": 1}):
+        with pytest.raises(ValueError, match="config"):
+            serialize.from_json(GeneratorConfig, misfit)

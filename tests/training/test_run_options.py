@@ -49,9 +49,10 @@ def test_difference_is_none_for_what_two_parts_of_a_run_may_differ_in(config, tm
 def test_choose_run_path_takes_other_learning_rates_and_gammas_and_tells_them(config, tmp_path):
     run_dir = begin(tmp_path, config).run_dir
     state = save_state(run_dir, 8, {"counters": {}})
-    gentler = replace_fields(config, {"optimizer.generator_lr": 1e-4, "loss.r1_gamma": 2.0})
+    gentler = replace_fields(config, {"optimizer.generator_lr": 1e-4, "warmup.encoder_lr": 1e-5, "loss.r1_gamma": 2.0})
     lines = (
         "optimizer.generator_lr: 0.0001 from here on, 0.0025 before",
+        "warmup.encoder_lr: 1e-05 from here on, 0.0005 before",
         "loss.r1_gamma: 2 from here on, 0.2 before",
     )
     for path in (run_dir, state):
