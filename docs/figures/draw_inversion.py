@@ -12,7 +12,7 @@ import click
 import numpy as np
 from PIL import Image, ImageDraw
 
-from inference.inversion_results import METRICS, OTHER_VIEWS_DEG, STRIP
+from inference.inversion_results import METRICS, OTHER_VIEWS_DEG, STRIP, load_png
 from torch_utils.pictures import save_png
 
 PATH = Path(__file__).parent / "inversion.png"
@@ -30,15 +30,17 @@ def captions(metrics: dict) -> list[str]:
 def row(folder: Path) -> np.ndarray:
     """Return the strip of a photo with captions, uint8 `[H, W, 3]`."""
     metrics = json.loads((folder / METRICS).read_text())
-    with Image.open(folder / STRIP) as strip:
-        count = strip.width // strip.height
-        how = Image.Resampling.BOX if strip.height > _SIDE else Image.Resampling.NEAREST
-        pictures = strip.convert("RGB").resize((count * _SIDE, _SIDE), how)
-    page = Image.new("RGB", (count * _SIDE, _SIDE + _CAPTION), "white")
-    page.paste(pictures, (0, _CAPTION))
-    draw = ImageDraw.Draw(page)
-    for column, text in enumerate(captions(metrics)):
-        draw.text((column * _SIDE + 3, 2), text, fill="black")
+    strip = load_png(folder / STRIP)
+    pictures = np.split(strip, strip.shape[1] // strip.shape[0], axis=1)
+    return np.concatenate([captioned(*cell) for cell in zip(pictures, captions(metrics), strict=True)], axis=1)
+
+
+def captioned(picture: np.ndarray, text: str) -> np.ndarray:
+    """Return a square picture uint8 `[H, W, 3]` in the size of a page's pictures, below some text."""
+    how = Image.Resampling.BOX if len(picture) > _SIDE else Image.Resampling.NEAREST
+    page = Image.new("RGB", (_SIDE, _SIDE + _CAPTION), "white")
+    page.paste(Image.fromarray(picture).resize((_SIDE, _SIDE), how), (0, _CAPTION))
+    ImageDraw.Draw(page).text((3, 2), text, fill="black")
     return np.asarray(page)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from draw_inversion import captioned
 
 from inference.inversion_results import LATENT, METRICS, NETWORK
 from inference.loading import load_generator
@@ -26,8 +26,6 @@ from training.image_metrics import psnr
 from training.train_config import DataConfig
 
 PATH = Path(__file__).parent / "inversion_known.png"
-_CAPTION = 16  # pixels
-_SIDE = 144  # of a picture
 
 
 def views_of(dataset: HeadDataset, photo: str) -> list[int]:
@@ -56,18 +54,10 @@ def rows(dataset: HeadDataset, folder: Path) -> tuple[list[np.ndarray], str]:
         [psnr(output["image"], target) for output, target in zip(outputs, targets)] for outputs in (found, tuned)
     )
     true = [item["image"].transpose(1, 2, 0) for item in items]
-    cells = [with_caption(picture, "known" if view else "the photo") for view, picture in enumerate(true)]
-    cells += [with_caption(to_uint8(output)[0], f"{db:.1f} dB") for output, db in zip(tuned, after)]
+    cells = [captioned(picture, "known" if view else "the photo") for view, picture in enumerate(true)]
+    cells += [captioned(to_uint8(output)[0], f"{db:.1f} dB") for output, db in zip(tuned, after)]
     others = [f"{np.mean(values[1:]):.1f}" for values in (before, after)]
     return cells, f"{folder.name}: photo {before[0]:.1f} dB, tuned {after[0]:.1f}; other views {', '.join(others)}"
-
-
-def with_caption(picture: np.ndarray, text: str) -> np.ndarray:
-    """Return a picture uint8 `[H, W, 3]`, enlarged, below some text."""
-    page = Image.new("RGB", (_SIDE, _SIDE + _CAPTION), "white")
-    page.paste(Image.fromarray(picture).resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (0, _CAPTION))
-    ImageDraw.Draw(page).text((3, 2), text, fill="black")
-    return np.asarray(page)
 
 
 @click.command()
