@@ -7,7 +7,7 @@ from typing import Literal, Optional
 
 import pytest
 
-from dnnlib.serialize import JSON, dumps, from_json, loads, to_json
+from dnnlib.serialize import ABSENT, JSON, dumps, from_json, loads, to_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +159,21 @@ def test_loads_text_that_is_no_strict_json_raises_value_error(text):
 def test_loads_duplicate_key_is_named():
     with pytest.raises(ValueError, match="duplicate key 'depth'"):
         loads(Other, '{"depth": 1, "depth": 2}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grown:
+    first: int
+    later: str = dataclasses.field(default="new", metadata={ABSENT: "old"})
+
+
+def test_from_json_field_that_is_younger_than_the_file_has_the_value_of_its_metadata():
+    assert from_json(Grown, {"first": 1}) == Grown(first=1, later="old")
+    assert from_json(Grown, to_json(Grown(first=1))) == Grown(first=1, later="new")
+    with pytest.raises(ValueError, match=r"config\.first: missing key"):
+        from_json(Grown, {"later": "new"})
+    with pytest.raises(ValueError, match=r"config\.later: "):
+        from_json(Grown, {"first": 1, "later": 2})
 
 
 @pytest.mark.parametrize("call", [lambda: to_json({"a": 1}), lambda: to_json(Outer), lambda: from_json(dict, {})])
